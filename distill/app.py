@@ -1,0 +1,126 @@
+"""The command `train.py`: Hydra's composition, with mistakes reported in one line and before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.errors import UserError
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+"""The configuration: inside the package when installed as a wheel, beside it in a source tree."""
+
+
+def train() -> None:
+    """Entry point. Exit status 0 on success, 1 on a user's mistake (one line on stderr), 130 on Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error, sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _task(cfg: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    before = {path for path in folder.parents if not any(path.iterdir())}
+    try:
+        preflight(cfg)
+        from distill.run import run
+
+        run(cfg, folder)
+    except (UserError, OmegaConfBaseException) as error:
+        for path in [folder, *folder.parents]:
+            if path.is_dir() and not any(path.iterdir()) and path not in before:
+                path.rmdir()
+            else:
+                break
+        fail(str(error).splitlines()[0])
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and end with status 1."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def keys(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of every key of a config, inner ones included."""
+    if isinstance(cfg, DictConfig):
+        for key in cfg:
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
+                yield from keys(cfg._get_node(key), f"{prefix}{key}.")
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The message for a key that no config file has: its closest match and what there is at its place."""
+    place = key.rpartition(".")[0]
+    while place and place not in known:
+        place = place.rpartition(".")[0]
+    here = [name for name in known if name.rpartition(".")[0] == place] or [name for name in known if "." not in name]
+    close = difflib.get_close_matches(key, here, n=1, cutoff=0.7) or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"no key {key!r}: {guess}known there: {', '.join(here)}"
+
+
+def without_additions(overrides: list[str]) -> list[str]:
+    return [item for item in overrides if not item.startswith(("+", "~"))]
+
+
+def preflight(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong without importing torch.
+
+    A key is unknown if it is not there when the same groups are composed without the user's additions (`+key=`, `++key=`).
+
+    Raises:
+        UserError: unknown key, or a path of weights that does not exist.
+    """
+    added = [item for item in HydraConfig.get().overrides.task if item.startswith("+")]
+    if added:
+        known = sorted(keys(hydra.compose("config", without_additions(list(HydraConfig.get().overrides.task)))))
+        for key in keys(cfg):
+            if key not in known:
+                raise UserError(unknown_key(key, known))
+    weights = cfg.teacher.weights
+    if weights not in ("scratch", "hub") and not Path(str(weights)).expanduser().exists():
+        raise UserError(
+            f"teacher.weights={weights}: no such file or folder; use scratch (train it here), hub (load {cfg.teacher.hub}) or an existing path"
+        )
+
+
+def explain(error: Exception, argv: list[str]) -> str:
+    """One line for an error of Hydra or OmegaConf: what is wrong, why, and the options there are."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if missing := re.search(r"Could not (?:find|load) '([\w/.-]+)'", text):
+        group, _, option = missing[1].rpartition("/")
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        if group == "pair":
+            return f"no pair {option!r}: this teacher has no such student; supported pairs: {', '.join(options)}"
+        return f"{group}={option}: no such option; there are: {', '.join(options)}"
+    if override := re.search(r"Could not override '([\w./@-]+)'", text):
+        return unknown_key(override[1], known_keys(argv))
+    if group := re.search(r"Could not override '([\w/]+)'\.\s*No match in the defaults list", text):
+        return f"unknown group {group[1]!r}; there are: {', '.join(sorted(p.name for p in CONF.iterdir() if p.is_dir()))}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def known_keys(argv: list[str]) -> list[str]:
+    """Every key of the configuration with the user's choice of groups (options of `conf/`) and none of the values."""
+    groups = {path.parent.name for path in CONF.glob("*/*.yaml")}
+    choices = [item for item in argv if item.partition("=")[0] in groups]
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return sorted({*keys(hydra.compose("config", choices)), *groups})

@@ -1,0 +1,127 @@
+"""What a loss sees of a network: `Features`, and the modules that produce them from a batch.
+
+After this point nothing knows about BERT or ResNet: networks differ in how they are fed and in where their layers are, and both
+are settled here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Outputs of one network for one batch.
+
+    Attributes:
+        logits: [B, C], before softmax.
+        hidden: the watched layers by semantic name: [B, L, D] for text, [B, D, H, W] for images.
+        mask: [B, L], 1 for real tokens and 0 for padding; None where there is no padding.
+    """
+
+    logits: Tensor
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+
+
+class Tapped(nn.Module):
+    """A backbone with named places whose outputs can be watched.
+
+    The backbone stays the ordinary transformers or timm module: it is what is trained and what is exported. Nothing is captured
+    until `watch` is called, so that a run whose loss needs only logits keeps no activation alive.
+
+    Args:
+        backbone: the network.
+        places: semantic name -> module path inside the backbone, in order of depth.
+
+    Raises:
+        ValueError: a path does not exist in the backbone; the message names the closest ones.
+    """
+
+    head_loaded: bool = False
+    """Whether the classifier came with loaded weights (so that the network can be used without training)."""
+
+    def __init__(self, backbone: nn.Module, places: Mapping[str, str]) -> None:
+        super().__init__()
+        modules = dict(backbone.named_modules())
+        for name, path in places.items():
+            if path not in modules:
+                close = difflib.get_close_matches(path, modules, n=3, cutoff=0.3)
+                raise ValueError(f"tap {name!r}: no module {path!r} in {type(backbone).__name__}; close matches: {close}")
+        self.backbone = backbone
+        self.places = dict(places)
+        self._captured: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Capture the outputs of exactly these places from now on.
+
+        Raises:
+            ValueError: a name is not one of `places`; the message lists them.
+        """
+        wanted = list(names)
+        if unknown := [name for name in wanted if name not in self.places]:
+            raise ValueError(f"no tap {unknown[0]!r} in {type(self.backbone).__name__}; there are: {', '.join(self.places)}")
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            self.backbone.get_submodule(self.places[name]).register_forward_hook(partial(self._capture, name))
+            for name in wanted
+        ]
+
+    def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._captured[name] = output[0] if isinstance(output, tuple) else output
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the backbone on a batch; returns logits [B, C]."""
+        raise NotImplementedError
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """Mask of real tokens [B, L], or None where there is no padding."""
+        return None
+
+    def forward(self, batch: Batch) -> Features:
+        try:
+            logits = self.logits(batch)
+            return Features(logits=logits, hidden=dict(self._captured), mask=self.mask(batch))
+        finally:
+            self._captured.clear()
+
+
+class TappedText(Tapped):
+    """A transformers sequence classifier, fed with `input_ids` and `attention_mask` [B, L]."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    def mask(self, batch: Batch) -> Tensor:
+        return batch["attention_mask"]
+
+
+class TappedImage(Tapped):
+    """A timm classifier, fed with `pixels` [B, 3, H, W] in [0, 1].
+
+    The network brings its own normalisation, so that a teacher and a student that were made for different ones read the same batch.
+
+    Args:
+        mean, std: per channel, in units of [0, 1] pixels.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, places: Mapping[str, str], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__(backbone, places)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.backbone((batch["pixels"] - self.mean) / self.std)

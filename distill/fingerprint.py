@@ -1,0 +1,24 @@
+"""Fingerprints: what decides whether two things are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def of_values(values: Any) -> str:
+    """sha256 over the canonical JSON of plain values (sorted keys, no white space)."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def of_weights(module: nn.Module) -> str:
+    """sha256 over all parameters and buffers of a module: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""One training stage: a network, a loss, a schedule. Teacher, baseline and student all go through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+
+from distill.callbacks.progress import StageProgress
+from distill.checkpoint import AtomicCheckpointIO, Provenance, load_weights
+from distill.errors import UserError
+from distill.features import Tapped
+from distill.losses import LossSum
+from distill.module import DistillModule
+from distill.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a network is trained.
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: examples a step.
+        lr: peak learning rate of AdamW; rises linearly, falls to zero along a half cosine.
+        weight_decay: decoupled weight decay for matrices and kernels.
+        warmup: share of the steps over which the learning rate rises, in [0, 1).
+        clip: largest gradient norm; 0 for no clipping.
+        augment: random augmentation of the training examples, where the data set has one.
+
+    Raises:
+        UserError: a value out of range or of the wrong type.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup: float
+    clip: float
+    augment: bool
+
+    def __post_init__(self) -> None:
+        for name, kind, fits, want in (
+            ("epochs", int, lambda v: v >= 1, "a whole number >= 1"),
+            ("batch_size", int, lambda v: v >= 1, "a whole number >= 1"),
+            ("lr", float, lambda v: v > 0, "a number > 0"),
+            ("weight_decay", float, lambda v: v >= 0, "a number >= 0"),
+            ("warmup", float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
+            ("clip", float, lambda v: v >= 0, "a number >= 0"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not fits(value):
+                raise UserError(f"{name}={value}: must be {want}")
+        if not isinstance(self.augment, bool):
+            raise UserError(f"augment={self.augment}: must be true or false")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages of a run share."""
+
+    folder: Path
+    seed: int
+    trainer: dict[str, Any]
+    loggers: list[Logger]
+    console: Console
+    provenance: dict[str, Any]
+
+
+def trainer(settings: Settings, callbacks: Sequence[pl.Callback] = (), **more: Any) -> pl.Trainer:
+    """Lightning's Trainer with the run's arguments, without its own bars, summaries and checks."""
+    return pl.Trainer(
+        **settings.trainer,
+        **more,
+        logger=settings.loggers,
+        callbacks=list(callbacks),
+        default_root_dir=settings.folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def fit(
+    network: Tapped,
+    loss: LossSum,
+    data: Any,
+    schedule: Schedule,
+    settings: Settings,
+    *,
+    stage: str,
+    teacher: Teacher | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    checkpoints: Path,
+    weights_only: bool = False,
+) -> DistillModule:
+    """Train, keep the epoch with the best validation accuracy, and return the module with those weights.
+
+    Args:
+        checkpoints: folder for `best.ckpt` and, unless `weights_only`, `last.ckpt`.
+        weights_only: leave optimiser and scheduler out of the checkpoint.
+    """
+    pl.seed_everything(settings.seed, verbose=False)
+    options = asdict(schedule)
+    epochs, batch_size, clip, augment = (options.pop(key) for key in ("epochs", "batch_size", "clip", "augment"))
+    module = DistillModule(network, loss, teacher=teacher, stage=stage, num_labels=len(data.label_names), **options)
+    best = ModelCheckpoint(
+        checkpoints, filename="best", monitor=f"{stage}/val_accuracy", mode="max", save_last=not weights_only,
+        save_weights_only=weights_only, enable_version_counter=False,
+    )  # fmt: skip
+    worker = trainer(
+        settings,
+        [StageProgress(stage, settings.console), Provenance(settings.provenance), best, *callbacks],
+        max_epochs=epochs,
+        gradient_clip_val=clip or None,
+    )
+    worker.fit(
+        module,
+        data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed),
+        data.loader("val", batch_size=max(batch_size, 128)),
+    )
+    if worker.interrupted:
+        raise KeyboardInterrupt
+    load_weights(module, best.best_model_path)
+    return module

@@ -1,0 +1,99 @@
+"""The whole job: teacher → cache → baseline → distil → evaluate → export → report."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+
+from distill import fingerprint, plots, report, stages, tracking
+from distill.build import build, build_all
+from distill.data.base import DataSet
+from distill.fit import Schedule, Settings, fit
+from distill.losses import LossSum, LossTerm
+from distill.quiet import quiet
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run every stage, write the run folder, and return the report.
+
+    Raises:
+        UserError: the configuration asks for something that does not exist or does not fit.
+    """
+    quiet()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    hydra_cfg = HydraConfig.get()
+    name = f"{hydra_cfg.runtime.choices['model']}_{hydra_cfg.runtime.choices['student']}"
+    loss = LossSum(build_all(cfg.loss, LossTerm))
+    schedule = Schedule(**cfg.optim)
+    teacher_schedule = Schedule(**{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")})
+    data = build(cfg.data, DataSet)
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values())
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    arguments = {key: value for key, value in cfg.trainer.items() if key != "smoke"}
+    settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
+    job = stages.Job(cfg, data, settings)
+    job.say(f"[bold]{name}[/bold]  run folder: {folder}")
+    job.say(f"data  {data.name}: {' + '.join(f'{n:,} {split}' for split, n in data.sizes.items())} examples, {len(data.label_names)} classes")
+
+    teacher, teacher_result = stages.teacher_stage(job, teacher_schedule)
+    settings.provenance["teacher"] = fingerprint.of_weights(teacher.network)
+    student = stages.new_student(job, teacher)
+    stages.check(job, loss, student, teacher)
+    answers = stages.cache_stage(job, teacher, loss, schedule)
+    baseline = stages.baseline_stage(job, loss, schedule)
+    with job.stage("distill", " + ".join(f"{term.weight:g} {key}" for key, term in loss.terms.items())):
+        fit(student, loss, data, schedule, settings, stage="student", teacher=answers, checkpoints=folder / "checkpoints")
+    with job.stage("evaluate", "on the test split"):
+        baseline_result = stages.evaluate(job, baseline, "baseline").result if baseline is not None else None
+        student_result = stages.evaluate(job, student, "student").result
+
+    accuracies = (result and result["metrics"]["accuracy"] for result in (teacher_result, student_result, baseline_result))
+    document: dict[str, Any] = {
+        "schema": 1,
+        "run": {
+            "name": name,
+            "command": shlex.join(["python", "train.py", *hydra_cfg.overrides.task]),
+            "seed": cfg.seed,
+            "smoke": cfg.trainer.smoke,
+            "started": started,
+            "seconds": job.seconds,
+            "versions": report.versions(),
+            "hardware": report.hardware(),
+        },
+        "data": {"name": data.name, "fingerprint": data.fingerprint, **data.sizes, "classes": len(data.label_names)},
+        "teacher": {"name": cfg.teacher.name, "weights": str(cfg.teacher.weights), **teacher_result},
+        "student": {"name": cfg.student.name, "weights": "distilled", **student_result, "digest": fingerprint.of_weights(student.backbone)},
+        "baseline": baseline_result and {"name": cfg.student.name, "weights": "undistilled", **baseline_result},
+        "ratios": report.ratios(teacher_result, student_result),
+        "gap_closed": report.gap_closed(*accuracies),
+        "loss": {key: {k: v for k, v in node.items() if k != "_target_"} for key, node in cfg.loss.items()},
+    }
+    document["exports"] = stages.export_stage(job, student, document)
+    finish(document, settings)
+    return document
+
+
+def finish(document: dict[str, Any], settings: Settings) -> None:
+    """Write plots, report.json and report.md, end the loggers, and print the summary."""
+    flat = {
+        f"{network}/{metric}": value
+        for network in ("teacher", "baseline", "student")
+        for metric, value in ((document[network] or {}).get("metrics") or {}).items()
+    }
+    tracking.finish(settings.loggers, flat | {f"ratios/{key}": value for key, value in document["ratios"].items()})
+    if (settings.folder / "metrics.csv").exists():
+        plots.curves(settings.folder / "metrics.csv", settings.folder / "curves.png")
+    plots.tradeoff(document, settings.folder / "tradeoff.png")
+    report.write(document, settings.folder)
+    settings.console.print(report.summary(document))
+    settings.console.print(f"run folder: {settings.folder}", highlight=False, soft_wrap=True)

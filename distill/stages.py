@@ -1,0 +1,229 @@
+"""The stages of a run, each a function of the job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from distill import fingerprint, store
+from distill.build import build
+from distill.cache import teacher_logits
+from distill.callbacks.evaluation import Evaluation
+from distill.callbacks.stacking import ProgressiveStacking
+from distill.card import Card
+from distill.data.base import DataSet, ImageData, TextData
+from distill.errors import UserError
+from distill.export import export_image, export_text
+from distill.exported import measure
+from distill.features import Tapped
+from distill.fit import Schedule, Settings, fit, trainer
+from distill.losses import CrossEntropy, LossSum
+from distill.module import DistillModule
+from distill.teacher import CachedLogits, FrozenTeacher, Teacher
+from students.bert import start_from
+
+
+@dataclass
+class Job:
+    """What the stages of one run have in common.
+
+    Attributes:
+        seconds: wall-clock time by stage; None for a stage that was not needed.
+        teacher_says: [N] the teacher's class for each test example, once it was evaluated.
+    """
+
+    cfg: DictConfig
+    data: DataSet
+    settings: Settings
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    teacher_says: torch.Tensor | None = None
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        """Print what begins, and add the time it takes to `seconds[name]`."""
+        self.say(f"[bold]{name}[/bold]  {title}")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = (self.seconds.get(name) or 0.0) + time.perf_counter() - start
+
+    def say(self, text: str) -> None:
+        self.settings.console.print(text, highlight=False, soft_wrap=True)
+
+
+def transformer_layers(network: Tapped) -> nn.ModuleList:
+    """The layers that progressive stacking switches on one after another."""
+    try:
+        return network.backbone.get_submodule("bert.encoder.layer")
+    except AttributeError as error:
+        raise UserError("stacking is for transformers: this teacher has no layers that can be skipped; set stacking=null") from error
+
+
+def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
+    """Train the teacher on the labels alone; the network ends with the weights of its best epoch."""
+    options = job.cfg.teacher.optim
+    callbacks: list[pl.Callback] = []
+    if options.stacking is not None:
+        callbacks = [ProgressiveStacking(transformer_layers(network), list(options.stacking), schedule.epochs)]
+    loss = LossSum({"ce": CrossEntropy(label_smoothing=options.label_smoothing)})
+    scratch = job.settings.folder / "checkpoints" / "teacher"
+    fit(network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch, weights_only=True)
+    (scratch / "best.ckpt").unlink()
+    scratch.rmdir()
+
+
+def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Load or train the teacher, measure it, and refuse to go on with one that has learnt nothing.
+
+    A teacher that was trained here is stored under the fingerprint of its initial weights (which hold architecture, seed and what was
+    loaded), the data and the recipe; the next run with the same fingerprint starts from it.
+
+    Raises:
+        UserError: it is no better than always naming the most frequent class, and `teacher.allow_weak` is not set.
+    """
+    cfg = job.cfg.teacher
+    with job.stage("teacher", f"{cfg.name}, weights: {cfg.weights}"):
+        source = cfg.hub if cfg.weights == "hub" else cfg.weights
+        pl.seed_everything(job.settings.seed, verbose=False)
+        network = build(cfg.network, Tapped, weights=source, **job.data.network_facts)
+        if cfg.finetune is True or (cfg.finetune == "auto" and not network.head_loaded):
+            recipe = OmegaConf.to_container(cfg.optim, resolve=True)
+            key = fingerprint.of_values(
+                {
+                    "initial": fingerprint.of_weights(network),
+                    "data": job.data.fingerprint,
+                    "recipe": recipe,
+                    "seed": job.settings.seed,
+                    "trainer": {name: job.settings.trainer[name] for name in ("precision", "devices", "accumulate_grad_batches")},
+                }
+            )
+            folder = Path(job.cfg.store).expanduser() / "teachers" / key[:20]
+            if folder.exists():
+                store.load_teacher(folder, network)
+                job.say(f"  reused from {folder}")
+            else:
+                train_teacher(job, network, schedule)
+                if not job.cfg.trainer.smoke:
+                    store.save_teacher(folder, network, {"name": cfg.name, "recipe": recipe, "seed": job.settings.seed})
+                    job.say(f"  stored in {folder}")
+        evaluation = evaluate(job, network, "teacher")
+        accuracy = evaluation.result["metrics"]["accuracy"]
+        job.say(f"  test accuracy {accuracy:.4f} (most frequent class: {evaluation.majority:.4f})")
+        if accuracy <= evaluation.majority and not cfg.allow_weak:
+            raise UserError(
+                f"the teacher's test accuracy {accuracy:.4f} is no better than naming the most frequent class ({evaluation.majority:.4f}): "
+                "a student would learn nothing from it; train it longer (teacher.optim.epochs), or set teacher.allow_weak=true"
+            )
+    job.teacher_says = evaluation.predictions
+    return FrozenTeacher(network), evaluation.result
+
+
+def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Schedule) -> Teacher | None:
+    """What answers for the teacher in training: nothing where no term asks, its stored logits where they are all that is asked for and
+    every epoch shows the same inputs, else the network itself."""
+    if not loss.needs_teacher:
+        return None
+    reason = "is off" if not job.cfg.cache else "can't be used: the student's inputs are augmented" if schedule.augment else None
+    if loss.needs:
+        reason = f"can't be used: the loss reads {', '.join(loss.needs)}"
+    if reason:
+        job.say(f"cache {reason}; the teacher runs in every step")
+        return teacher
+    with job.stage("cache", f"the teacher's logits for {job.data.sizes['train']:,} training examples"):
+        weights = fingerprint.of_weights(teacher.network)
+        key = fingerprint.of_values({"teacher": weights, "data": job.data.fingerprint})
+        path = Path(job.cfg.store).expanduser() / "logits" / f"{key[:20]}.safetensors"
+        logits = store.load_logits(path, (job.data.sizes["train"], len(job.data.label_names)))
+        if logits is None:
+            device = trainer(job.settings).strategy.root_device
+            logits = teacher_logits(teacher, job.data, device, job.settings.console)
+            if not job.cfg.trainer.smoke:
+                store.save_logits(path, logits)
+        else:
+            job.say(f"  reused from {path}")
+    return CachedLogits(logits)
+
+
+def new_student(job: Job, teacher: FrozenTeacher | None = None) -> Tapped:
+    """A student with the run's seed; started from the teacher's layers if a teacher is given and the pair says so."""
+    pl.seed_everything(job.settings.seed, verbose=False)
+    student = build(job.cfg.student.network, Tapped, **job.data.network_facts)
+    if teacher is not None and job.cfg.student.init_layers is not None:
+        start_from(student, teacher.network, list(job.cfg.student.init_layers))
+    return student
+
+
+def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None:
+    """The same student from the same seed and schedule on the labels alone; None where it is not wanted or would be the student itself."""
+    if not job.cfg.baseline or not loss.needs_teacher:
+        return None
+    with job.stage("baseline", "the same student without the teacher"):
+        network = new_student(job)
+        smoothing = loss.terms["ce"].label_smoothing if "ce" in loss.terms else 0.0
+        alone = LossSum({"ce": CrossEntropy(label_smoothing=smoothing)})
+        checkpoints = job.settings.folder / "checkpoints" / "baseline"
+        fit(network, alone, job.data, schedule, job.settings, stage="baseline", checkpoints=checkpoints, weights_only=True)
+    return network
+
+
+def export_stage(job: Job, student: Tapped, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write `export/`, check it against the student, and measure each format on the test split from its files alone."""
+    folder = job.settings.folder / "export"
+    with job.stage("export", "safetensors and ONNX"):
+        metrics, teacher = document["student"]["metrics"], document["teacher"]
+        card = Card(
+            name=document["run"]["name"],
+            summary=f"Distilled by distill from {teacher['name']}; loss terms: {', '.join(document['loss'])}.",
+            dataset=job.data.name,
+            accuracy=metrics["accuracy"],
+            figures={
+                "test accuracy of the teacher": f"{teacher['metrics']['accuracy']:.4f}",
+                "parameters": f"{document['student']['params']:,}",
+                "MACs": f"{document['student']['macs']:,}",
+            },
+        )
+        tolerance = job.cfg.export.tolerance
+        if isinstance(job.data, TextData):
+            differences = export_text(student.backbone, job.data.tokenizer, job.data.label_names, folder, card, tolerance=tolerance)
+        elif isinstance(job.data, ImageData):
+            differences = export_image(
+                student.backbone, job.data.label_names, job.data.mean, job.data.std, job.data.input_size, job.data.interpolation,
+                folder, card, tolerance=tolerance,
+            )  # fmt: skip
+        options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
+        return measure(folder, differences, job.data.loader("test", batch_size=128), job.data.sample(), **options)
+
+
+def check(job: Job, loss: LossSum, student: Tapped, teacher: FrozenTeacher) -> None:
+    """Evaluate the loss on two examples before anything is trained on it, and leave the student as it was.
+
+    Raises:
+        UserError: a term does not fit the pair.
+    """
+    try:
+        for network in (student, teacher.network) if loss.needs else ():
+            network.watch(loss.needs)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    batch = next(iter(job.data.loader("val", batch_size=2)))
+    student.eval()
+    with torch.no_grad():
+        loss.check(student(batch), teacher(batch) if loss.needs_teacher else None, batch)
+    student.train()
+
+
+def evaluate(job: Job, network: Tapped, stage: str) -> Evaluation:
+    """Measure a network on the test split."""
+    options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
+    evaluation = Evaluation(job.data.sample(), len(job.data.label_names), job.teacher_says, **options)
+    module = DistillModule(network, LossSum({"ce": CrossEntropy()}), stage=stage, num_labels=len(job.data.label_names))
+    trainer(job.settings, [evaluation]).test(module, job.data.loader("test", batch_size=128), verbose=False)
+    return evaluation

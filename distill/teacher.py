@@ -1,0 +1,54 @@
+"""The teacher: frozen for ever, and outside of everything that is trained or saved."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill.features import Batch, Features, Tapped
+
+
+class Teacher(Protocol):
+    """Anything that answers a batch with the teacher's features: the network itself, or a table of what it said."""
+
+    def __call__(self, batch: Batch) -> Features: ...
+
+
+class FrozenTeacher(nn.Module):
+    """A network in eval mode for ever and without gradients.
+
+    `train()` and `requires_grad_()` of a parent cannot thaw it: parameters and buffers (BatchNorm statistics) stay bit-identical.
+    """
+
+    def __init__(self, network: Tapped) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenTeacher:
+        return super().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Features:
+        return self.network(batch)
+
+
+class CachedLogits:
+    """The teacher's logits, looked up by the example's index in the training split.
+
+    Args:
+        logits: [N, C], row i is the teacher's answer to training example i. Only valid where the student sees exactly what the
+            teacher saw, so not with random augmentation.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, batch: Batch) -> Features:
+        self.logits = self.logits.to(batch["index"].device)
+        return Features(logits=self.logits[batch["index"]])
