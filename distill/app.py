@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,20 +36,25 @@ def train() -> None:
 
 
 def _task(cfg: DictConfig) -> None:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    before = {path for path in folder.parents if not any(path.iterdir())}
+    hydra_cfg = HydraConfig.get()
+    folder, choices = Path(hydra_cfg.runtime.output_dir), hydra_cfg.runtime.choices
     try:
-        preflight(cfg)
+        preflight(cfg, list(hydra_cfg.overrides.task))
         from distill.run import run
 
-        run(cfg, folder)
+        command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
+        run(cfg, folder, name=f"{choices['model']}_{choices['student']}", command=command)
     except (UserError, OmegaConfBaseException) as error:
-        for path in [folder, *folder.parents]:
-            if path.is_dir() and not any(path.iterdir()) and path not in before:
-                path.rmdir()
-            else:
-                break
+        remove_if_empty(folder)
         fail(str(error).splitlines()[0])
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder and the parents that hold nothing else, as far up as the working directory."""
+    for path in (folder, *folder.parents):
+        if path == Path.cwd() or not path.is_dir() or any(path.iterdir()):
+            return
+        path.rmdir()
 
 
 def fail(message: str) -> NoReturn:
@@ -77,11 +83,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"no key {key!r}: {guess}known there: {', '.join(here)}"
 
 
-def without_additions(overrides: list[str]) -> list[str]:
-    return [item for item in overrides if not item.startswith(("+", "~"))]
-
-
-def preflight(cfg: DictConfig) -> None:
+def preflight(cfg: DictConfig, overrides: list[str]) -> None:
     """Refuse what can be seen to be wrong without importing torch.
 
     A key is unknown if it is not there when the same groups are composed without the user's additions (`+key=`, `++key=`).
@@ -89,16 +91,16 @@ def preflight(cfg: DictConfig) -> None:
     Raises:
         UserError: unknown key, or a path of weights that does not exist.
     """
-    added = [item for item in HydraConfig.get().overrides.task if item.startswith("+")]
-    if added:
-        known = sorted(keys(hydra.compose("config", without_additions(list(HydraConfig.get().overrides.task)))))
+    if any(item.startswith("+") for item in overrides):
+        known = sorted(keys(hydra.compose("config", [item for item in overrides if not item.startswith(("+", "~"))])))
         for key in keys(cfg):
             if key not in known:
                 raise UserError(unknown_key(key, known))
     weights = cfg.teacher.weights
     if weights not in ("scratch", "hub") and not Path(str(weights)).expanduser().exists():
         raise UserError(
-            f"teacher.weights={weights}: no such file or folder; use scratch (train it here), hub (load {cfg.teacher.hub}) or an existing path"
+            f"teacher.weights={weights}: no such file or folder; give scratch (train it here), hub (load {cfg.teacher.hub}) "
+            "or a path that exists"
         )
 
 

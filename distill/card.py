@@ -95,7 +95,7 @@ def front_matter(card: Card, library: str) -> str:
 
 
 def model_card(card: Card, library: str, label_names: Sequence[str]) -> str:
-    """README.md of an export; `library` is "transformers" or "timm". Its code runs as it stands in the export's folder."""
+    """README.md of an export; `library` is "transformers" or "timm". Its code runs as it is in that folder."""
     parts = [front_matter(card, library) + f"\n# {card.name}", card.summary]
     if card.figures:
         rows = "\n".join(f"| {name} | {value} |" for name, value in card.figures.items())

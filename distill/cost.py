@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates, bytes, time. Every quantity is defined where it is measured."""
+"""What a network costs: parameters, multiply-accumulates, bytes, time. Each is defined where it is measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def parameters(module: nn.Module) -> int:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and persistent buffers in their present dtype: the payload of the module's weights file.
 
-    A tensor that is used twice counts once; buffers that a module rebuilds by itself (non-persistent ones) are not stored.
+    A tensor that is used twice counts once; buffers that a module rebuilds by itself (non-persistent ones) are not
+    stored.
     """
     stored = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
@@ -31,9 +32,11 @@ def weight_bytes(module: nn.Module) -> int:
 def macs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of the convolution, linear and matmul layers (attention included) in one forward pass.
 
-    Counted at the given input, batch and padding included, in eval mode and without gradients; the modes of all submodules are
-    restored. FLOPs are twice this number. Biases, normalisation, activations and softmax do not count. Forward hooks run, and
-    what they compute counts: pass the plain backbone. Works on the meta device, where it costs nothing, if the forward does.
+    Counted at the given input, batch and padding included, in eval mode and without gradients; the modes of all
+    submodules are restored. FLOPs are twice this number. Biases, normalisation, activations and softmax do not count.
+    Forward hooks run, and
+    what they compute counts: pass the plain backbone. Works on the meta device, where it costs nothing, if the forward
+        does.
 
     Source: `torch.utils.flop_counter`, which counts two operations for a multiply-accumulate and sees fused attention.
     """
@@ -45,7 +48,7 @@ def macs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     finally:
         for child, training in modes:
             child.training = training
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def latency(
         batch: how many examples one call handles; only recorded, and used for the throughput.
         warmup: calls before the first timed one.
         repeats: timed calls.
-        threads: CPU threads of PyTorch during the measurement; other runtimes (ONNX Runtime) fix theirs when they are built.
+        threads: CPU threads of PyTorch during the measurement; other runtimes (ONNX Runtime) fix theirs when they are
+            built.
         device: where `fn` does its work; a CUDA device is synchronised before and after every timed call.
 
     Raises:

@@ -3,8 +3,8 @@
     export/  model.safetensors  config.json  README.md  model.onnx  and, for text, the tokenizer's files
 
 A BERT loads with `AutoModelForSequenceClassification` and `AutoTokenizer` `.from_pretrained(folder)`, a CNN with
-`timm.create_model("local-dir:FOLDER", pretrained=True)`. Nothing in the folder needs unpickling. A folder appears under its name
-only after what was written has been loaded again and compared with the network.
+`timm.create_model("local-dir:FOLDER", pretrained=True)`. Nothing in the folder needs unpickling. A folder appears under
+its name only after what was written has been loaded again and compared with the network.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from distill.errors import UserError
 from distill.exported import ONNX_FILE, WEIGHTS_FILE, library_of, quiet_transformers, verify
 
 TOLERANCE = 1e-3
-"""Largest absolute difference between the logits of an exported format and those of the network in PyTorch, fp32 on the CPU."""
+"""Largest absolute difference of the logits of an exported format from those in PyTorch, fp32 on the CPU."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SOURCE_FACTS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
-"""What timm's configuration says of the published checkpoint of an architecture, and would be wrong of other weights."""
+"""What timm's configuration says of an architecture's published checkpoint, and would be wrong of other weights."""
 
 
 def export_text(
-    backbone: nn.Module,
+    backbone: Any,
     tokenizer: Any,
     label_names: Sequence[str],
     folder: Path,
@@ -67,14 +67,14 @@ def export_text(
         ids = torch.ones(2, 3, dtype=torch.long)
         batch, length = Dim("batch"), Dim("length")
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        write_onnx(_Logits(network), inputs, dict.fromkeys(inputs, {0: batch, 1: length}), into / ONNX_FILE, labels)
+        write_onnx(_Logits(network), inputs, {name: {0: batch, 1: length} for name in inputs}, into / ONNX_FILE, labels)
         (into / "README.md").write_text(model_card(card, "transformers", labels), encoding="utf-8")
 
     return _export(network, folder, write, tolerance)
 
 
 def export_image(
-    backbone: nn.Module,
+    backbone: Any,
     label_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
@@ -88,8 +88,8 @@ def export_image(
 ) -> dict[str, float]:
     """Export a timm classifier; see `_export` for what is common to both kinds.
 
-    `model.onnx` takes `pixels`, float32 [batch, *input_size], normalised as timm's transform gives them, with a free batch, and
-    gives `logits` [batch, C].
+    `model.onnx` takes `pixels`, float32 [batch, *input_size], normalised as timm's transform gives them, with a free
+    batch, and gives `logits` [batch, C].
 
     Args:
         mean, std: per channel, in units of [0, 1] pixels.
@@ -130,8 +130,10 @@ def _export(network: nn.Module, folder: Path, write: Any, tolerance: float) -> d
         format ("transformers" or "timm", and "onnx") -> largest absolute difference of its logits from PyTorch's.
 
     Raises:
-        UserError: the label names do not fit; `folder` holds something that is not an export; it cannot be written (no space).
-        RuntimeError: an exported format disagrees with PyTorch by more than `tolerance`. In every case what was there stays.
+        UserError: the label names do not fit; `folder` holds something that is not an export; it cannot be written (no
+            space).
+        RuntimeError: an exported format disagrees with PyTorch by more than `tolerance`. In every case what was there
+            stays.
     """
     try:
         with replaced(Path(folder)) as into:
@@ -142,7 +144,8 @@ def _export(network: nn.Module, folder: Path, write: Any, tolerance: float) -> d
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"cannot write the export {folder}: {reason}; make room or choose another folder (what was there is untouched)"
+            f"cannot write the export {folder}: {reason}; "
+            "make room or choose another folder (what was there is untouched)"
         ) from error
 
 
@@ -155,12 +158,13 @@ class _Logits(nn.Module):
         self.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.network(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
 
 
 def clean_copy(module: nn.Module) -> Any:
     """A copy without hooks, in eval mode, fp32, on the CPU, in the default memory format; `module` is not touched."""
-    hooks = {id(child.__dict__[name]): OrderedDict() for child in module.modules() for name in HOOKS}
+    hooks: dict[int, Any] = {id(child.__dict__[name]): OrderedDict() for child in module.modules() for name in HOOKS}
     copied = copy.deepcopy(module, hooks)
     return copied.cpu().float().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
@@ -188,7 +192,7 @@ def write_onnx(
     label_names: Sequence[str],
     names: Sequence[str] | None = None,
 ) -> None:
-    """Write fp32 ONNX with the output `logits`, the label names as metadata (JSON) and no trace of this machine's paths.
+    """Write fp32 ONNX with the output `logits`, the label names as metadata (JSON) and no paths of this machine.
 
     Args:
         inputs: example inputs by argument name of `forward`; dimensions that are free must not be 1.
@@ -217,7 +221,7 @@ def write_onnx(
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder beside `folder`; it takes the place of `folder` if the block succeeds, else it is removed.
+    """Yield an empty hidden folder beside `folder`; it takes its place if the block succeeds, else it is removed.
 
     Files are on the disk before the exchange. The exchange is two renames; if the second fails the first is taken back.
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class Exported:
     """One format of an export, ready to answer.
 
     Attributes:
-        inputs: batch (`input_ids` and `attention_mask`, or `pixels` in [0, 1]) -> what the network reads, by name; `pixels` are
-            normalised here.
+        inputs: batch (`input_ids` and `attention_mask`, or `pixels` in [0, 1]) -> what the network reads, by name;
+            `pixels` are normalised here.
         run: inputs -> logits [B, C] on the CPU.
     """
 
@@ -82,14 +83,13 @@ def load_onnx(path: Path, *, threads: int = 1) -> Exported:
     )
 
 
-def torch_run(network: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
+def torch_run(network: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
     """A network of either library as a function of its inputs by name."""
 
     @torch.no_grad()
     def run(inputs: dict[str, Any]) -> Tensor:
-        if "pixels" in inputs:
-            return network(inputs["pixels"])
-        return network(**inputs).logits
+        logits: Tensor = network(inputs["pixels"]) if "pixels" in inputs else network(**inputs).logits
+        return logits
 
     return run
 
@@ -127,7 +127,8 @@ def verify(folder: Path, network: nn.Module, tolerance: float) -> dict[str, floa
         tolerance: largest absolute difference that is accepted, in units of logits.
 
     Returns:
-        format -> largest absolute difference over batches of 1 and 3 examples (text: of 4 and 17 pieces, with and without padding).
+        format -> largest absolute difference over batches of 1 and 3 examples (text: of 4 and 17 pieces, with and
+        without padding).
 
     Raises:
         RuntimeError: a difference is above the tolerance or is not a number.
@@ -181,8 +182,8 @@ def measure(
         threads: of PyTorch and of ONNX Runtime, for accuracy and for latency.
 
     Returns:
-        One entry a format. `path` is relative to the folder that holds the export: the export itself for its own library, the
-        file for ONNX; `bytes` is the size of the file with the weights.
+        One entry a format. `path` is relative to the folder that holds the export: the export itself for its own
+        library, the file for ONNX; `bytes` is the size of the file with the weights.
     """
     native = str(library_of(folder))
     entries = []
@@ -193,7 +194,7 @@ def measure(
         with torch_threads(threads):
             metrics = {"accuracy": accuracy(exported, loader)}
         timed = latency(
-            lambda exported=exported, inputs=inputs: exported.run(inputs),
+            partial(exported.run, inputs),
             batch=len(next(iter(example.values()))),
             warmup=warmup,
             repeats=repeats,

@@ -12,7 +12,8 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from timm.data import create_transform, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -54,7 +55,8 @@ def predict(export_dir: Path, inputs: Sequence[str], top: int = 1) -> list[Predi
         top: how many labels to give, at most as many as there are.
 
     Raises:
-        UserError: no export in the folder, or it cannot be read; no inputs; an image is missing or unreadable; `top` below 1.
+        UserError: no export in the folder, or it cannot be read; no inputs; an image is missing or unreadable; `top`
+            below 1.
     """
     folder = Path(export_dir)
     library = library_of(folder)

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 def quiet() -> None:
     """Keep warnings and notices of libraries about their own affairs off the terminal; errors stay."""
-    for name in ("pytorch_lightning", "lightning_fabric", "torch.onnx", "onnxscript", "timm"):
+    for name in ("pytorch_lightning", "lightning_fabric", "torch.onnx", "onnxscript", "onnx_ir", "timm"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()

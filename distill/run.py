@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
@@ -21,24 +19,32 @@ from distill.losses import LossSum, LossTerm
 from distill.quiet import quiet
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, Any]:
     """Run every stage, write the run folder, and return the report.
+
+    Args:
+        cfg: the composed configuration; `conf/config.yaml` is its table of contents.
+        folder: the run folder; it exists and is empty.
+        name: of the run, "<model>_<student>".
+        command: how to run it again, for the report.
 
     Raises:
         UserError: the configuration asks for something that does not exist or does not fit.
     """
     quiet()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    hydra_cfg = HydraConfig.get()
-    name = f"{hydra_cfg.runtime.choices['model']}_{hydra_cfg.runtime.choices['student']}"
     loss = LossSum(build_all(cfg.loss, LossTerm))
     schedule = Schedule(**cfg.optim)
     teacher_schedule = Schedule(**{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")})
+    if cfg.data.get("tokenizer") == "auto":
+        cfg.data.tokenizer = None if cfg.teacher.weights == "scratch" else stages.teacher_source(cfg.teacher)
     data = build(cfg.data, DataSet)
 
     config = OmegaConf.to_container(cfg, resolve=True)
     loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values())
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    for logger in loggers:
+        logger.log_hyperparams(config)
     arguments = {key: value for key, value in cfg.trainer.items() if key != "smoke"}
     settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
     job = stages.Job(cfg, data, settings)
@@ -62,7 +68,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "schema": 1,
         "run": {
             "name": name,
-            "command": shlex.join(["python", "train.py", *hydra_cfg.overrides.task]),
+            "command": command,
             "seed": cfg.seed,
             "smoke": cfg.trainer.smoke,
             "started": started,

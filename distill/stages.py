@@ -24,7 +24,7 @@ from distill.data.base import DataSet, ImageData, TextData
 from distill.errors import UserError
 from distill.export import export_image, export_text
 from distill.exported import measure
-from distill.features import Tapped
+from distill.features import Tapped, TappedImage
 from distill.fit import Schedule, Settings, fit, trainer
 from distill.losses import CrossEntropy, LossSum
 from distill.module import DistillModule
@@ -59,6 +59,11 @@ class Job:
         self.settings.console.print(text, highlight=False, soft_wrap=True)
 
 
+def teacher_source(teacher: DictConfig) -> str:
+    """What a builder is told to load: "scratch", a name on the hub, or a path."""
+    return str(teacher.hub if teacher.weights == "hub" else teacher.weights)
+
+
 def transformer_layers(network: Tapped) -> nn.ModuleList:
     """The layers that progressive stacking switches on one after another."""
     try:
@@ -91,9 +96,8 @@ def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str
     """
     cfg = job.cfg.teacher
     with job.stage("teacher", f"{cfg.name}, weights: {cfg.weights}"):
-        source = cfg.hub if cfg.weights == "hub" else cfg.weights
         pl.seed_everything(job.settings.seed, verbose=False)
-        network = build(cfg.network, Tapped, weights=source, **job.data.network_facts)
+        network = build(cfg.network, Tapped, weights=teacher_source(cfg), **job.data.network_facts)
         if cfg.finetune is True or (cfg.finetune == "auto" and not network.head_loaded):
             recipe = OmegaConf.to_container(cfg.optim, resolve=True)
             key = fingerprint.of_values(
@@ -193,10 +197,12 @@ def export_stage(job: Job, student: Tapped, document: dict[str, Any]) -> list[di
         tolerance = job.cfg.export.tolerance
         if isinstance(job.data, TextData):
             differences = export_text(student.backbone, job.data.tokenizer, job.data.label_names, folder, card, tolerance=tolerance)
-        elif isinstance(job.data, ImageData):
+        else:
+            assert isinstance(job.data, ImageData)
+            assert isinstance(student, TappedImage)
             differences = export_image(
-                student.backbone, job.data.label_names, job.data.mean, job.data.std, job.data.input_size, job.data.interpolation,
-                folder, card, tolerance=tolerance,
+                student.backbone, job.data.label_names, student.mean.flatten().tolist(), student.std.flatten().tolist(),
+                job.data.input_size, job.data.interpolation, folder, card, tolerance=tolerance,
             )  # fmt: skip
         options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
         return measure(folder, differences, job.data.loader("test", batch_size=128), job.data.sample(), **options)

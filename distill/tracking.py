@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 
 from distill.errors import UserError
 
@@ -20,43 +20,55 @@ class RecordLogger(CSVLogger):
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=20)
         self.experiment.metrics_file_path = str(folder / "metrics.csv")
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: the run folder has `config.yaml`."""
+
     def save(self) -> None:
         self.experiment.save()
 
 
-class MirrorLogger(WandbLogger):
-    """W&B's logger, switched off with one line on stderr at its first failure."""
+class MirrorLogger(Logger):
+    """A W&B run that is switched off with one line on stderr at its first failure.
 
-    failed: str | None = None
+    Lightning's own `WandbLogger` would do, were it not that every call of it may raise, and so end the training.
 
-    def _guard(self, call: Callable[[], Any]) -> Any:
+    Attributes:
+        run: the W&B run, or None.
+        failed: why the mirror is off, or None.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__()
+        self.folder, self._name = folder, name
+        self.run: Any = None
+        self.failed: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> str | None:
+        return getattr(self.run, "id", None)
+
+    def guard(self, call: Callable[[], Any]) -> None:
         if self.failed is not None:
-            return None
+            return
         try:
-            return call()
+            call()
         except Exception as error:  # whatever W&B raises: the run is worth more than its mirror
-            self.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.failed = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             print(f"warning: W&B is off for the rest of this run ({self.failed}); metrics.csv goes on", file=sys.stderr)
-            return None
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self._guard(lambda: super(MirrorLogger, self).log_metrics(metrics, step))
+        self.guard(lambda: self.run.log({**metrics, "step": step}))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._guard(lambda: super(MirrorLogger, self).log_hyperparams(params, *args, **kwargs))
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Checkpoints stay in the run folder."""
-
-    def finalize(self, status: str) -> None:
-        """Called at the end of every stage; the W&B run goes on until `finish`."""
-
-    def start(self) -> None:
-        self._guard(lambda: self.experiment)
+        self.guard(lambda: self.run.config.update(params, allow_val_change=True))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the figures of the report to the W&B summary and end the W&B run."""
-        self._guard(lambda: (self.experiment.summary.update(summary), self.experiment.finish()))
+        """Put the figures of the report into the W&B summary and end the W&B run."""
+        self.guard(lambda: (self.run.summary.update(summary), self.run.finish()))
 
 
 def csv_logger(folder: Path) -> RecordLogger:
@@ -76,16 +88,16 @@ def wandb_logger(folder: Path, name: str, project: str = "distill", mode: str = 
     if mode not in ("offline", "online"):
         raise UserError(f"logger.wandb.mode={mode}: there are offline and online; logger=csv leaves W&B out")
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ["WANDB_MODE"] = mode
-    logger = MirrorLogger(name=name, project=project, save_dir=folder, entity=entity, settings=_settings())
-    logger.start()
-    return logger
+    mirror = MirrorLogger(folder, name)
 
+    def start() -> None:
+        import wandb
 
-def _settings() -> Any:
-    import wandb
+        settings = wandb.Settings(console="off", init_timeout=30)
+        mirror.run = wandb.init(project=project, name=name, entity=entity, dir=folder, mode=mode, settings=settings)
 
-    return wandb.Settings(console="off", init_timeout=30)
+    mirror.guard(start)
+    return mirror
 
 
 def finish(loggers: list[Logger], summary: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ from distill import export, exported
 from distill.cost import weight_bytes
 from distill.errors import UserError
 from distill.exported import Exported, accuracy, load_native, load_onnx, measure, onnx_accuracy, verify
-
 from exporting import (
     LABELS,
     MEAN,
@@ -159,8 +158,8 @@ def test_a_copy_shares_nothing_with_what_its_hooks_refer_to() -> None:
     network = nn.Sequential(nn.Linear(2, 2)).half()
     network[0].register_forward_hook(Owner().hook)
     clean = export.clean_copy(network)
-    assert not clean[0]._forward_hooks and len(network[0]._forward_hooks) == 1
-    assert clean[0].weight.dtype is torch.float32 and network[0].weight.dtype is torch.float16
+    assert (len(clean[0]._forward_hooks), len(network[0]._forward_hooks)) == (0, 1)
+    assert (clean[0].weight.dtype, network[0].weight.dtype) == (torch.float32, torch.float16)
     assert clean[0].weight.data_ptr() != network[0].weight.data_ptr()
 
 
@@ -270,7 +269,7 @@ def test_verification_finds_another_network(exports: Exports, kind: str) -> None
 def test_verification_refuses_what_is_not_a_number(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Exported(inputs=dict, run=lambda inputs: torch.full((len(inputs["input_ids"]), len(LABELS)), torch.nan))
     monkeypatch.setattr(exported, "load_onnx", lambda path: broken)
-    with pytest.raises(RuntimeError, match="onnx network disagrees.*differ by nan"):
+    with pytest.raises(RuntimeError, match=r"onnx network disagrees.*differ by nan"):
         verify(exports["text"], bert().eval(), 1e-3)
 
 
@@ -316,7 +315,8 @@ def test_model_card(exports: Exports, kind: str) -> None:
     [result] = facts["model-index"][0]["results"]
     assert facts["model-index"][0]["name"] == 'tiny: "one"'
     assert result["metrics"] == [{"type": "accuracy", "value": 0.25}]
-    assert "| parameters | 1234 |" in body and LABELS[-1] in body
+    assert "| parameters | 1234 |" in body
+    assert LABELS[-1] in body
 
 
 OUTSIDE = """
@@ -368,7 +368,8 @@ def test_loads_without_this_package(exports: Exports) -> None:
     assert len(answers) == 2
     for answer in answers:
         label, probability = answer.rsplit(" ", 1)
-        assert label in LABELS and 1 / len(LABELS) <= float(probability) <= 1
+        assert label in LABELS
+        assert 1 / len(LABELS) <= float(probability) <= 1
 
 
 def test_a_changed_architecture_is_refused(tmp_path: Path) -> None:

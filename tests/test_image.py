@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -59,8 +61,8 @@ def test_constants_describe_the_training_split(digits: Digits) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_pixels_are_what_timm_makes_of_the_png(size: int, tmp_path) -> None:
-    """A user who feeds a PNG to the exported student through timm's own preprocessing sees what the student was measured on."""
+def test_pixels_are_what_timm_makes_of_the_png(size: int, tmp_path: Path) -> None:
+    """Who feeds a PNG to the exported student through timm's preprocessing gives it what it was measured on."""
     data = Digits(size=size, limit=20)
     raw = load_digits()
     pictures = picture(raw.images)
@@ -112,7 +114,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(digits: Digits) -> N
     assert not torch.equal(first, pixels(1, 3))
     plain = everything(digits.loader("val", batch_size=64), "pixels")
     assert (first != plain).flatten(1).any(dim=1).all()
-    assert 0 <= first.min() and first.max() <= 1
+    assert first.min() >= 0 and first.max() <= 1
 
 
 def test_loading_leaves_global_random_state_alone(digits: Digits) -> None:

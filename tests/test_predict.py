@@ -11,7 +11,6 @@ from rich.console import Console
 
 from distill.errors import UserError
 from distill.predict import Prediction, predict, table
-
 from exporting import LABELS, MEAN, STD, Exports, bert, cnn, shared_exports, tokenizer
 
 
@@ -48,7 +47,8 @@ def test_images(exports: Exports, tmp_path: Path) -> None:
         dict(zip(LABELS, expected.tolist(), strict=True)), abs=1e-4
     )
     assert first.probabilities == tuple(sorted(first.probabilities, reverse=True))
-    assert second.input == str(tmp_path / "grey.jpg") and sum(second.probabilities) == pytest.approx(1)
+    assert second.input == str(tmp_path / "grey.jpg")
+    assert sum(second.probabilities) == pytest.approx(1)
 
 
 def test_mistakes_are_named(exports: Exports, tmp_path: Path) -> None:

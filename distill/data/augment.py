@@ -16,8 +16,8 @@ DRAWS = 6
 def uniforms(seed: int, epoch: int, index: Tensor, draws: int = DRAWS) -> Tensor:
     """Uniform numbers in [0, 1), a pure function of (seed, epoch, index of the example, number of the draw).
 
-    A counter-based generator (the SplitMix64 finaliser, Steele et al. 2014, applied once a key), so that what an example gets depends
-    on neither its batch, its place in the epoch, nor what was drawn before.
+    A counter-based generator (the SplitMix64 finaliser, Steele et al. 2014, applied once a key), so that what an
+    example gets depends on neither its batch, its place in the epoch, nor what was drawn before.
 
     Args:
         index: [B] int64.
@@ -30,7 +30,8 @@ def uniforms(seed: int, epoch: int, index: Tensor, draws: int = DRAWS) -> Tensor
         state = state + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return state ^ (state >> np.uint64(31))
+        state ^= state >> np.uint64(31)
+        return state
 
     state = np.zeros((len(index), draws), dtype=np.uint64)
     for key in (seed, epoch, index.numpy()[:, None], np.arange(draws)[None]):

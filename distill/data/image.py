@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,8 +52,8 @@ def image_loader(
 ) -> DataLoader[dict[str, Tensor]]:
     """Batches of `pixels` [B, 3, H, W] float32 in [0, 1], `labels` [B] and `index` [B], the place in the split.
 
-    Order is a pure function of (seed, epoch), augmentation of (seed, epoch, index); `loader.sampler.set_epoch` sets the epoch. A
-    shuffled epoch leaves out a last batch of one example, on which batch normalisation is undefined.
+    Order is a pure function of (seed, epoch), augmentation of (seed, epoch, index); `loader.sampler.set_epoch` sets the
+    epoch. A shuffled epoch leaves out a last batch of one example, on which batch normalisation is undefined.
 
     Raises:
         UserError: `batch_size` is not a positive integer.
@@ -71,12 +71,12 @@ def image_loader(
     )
 
 
-def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
 def stratified(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Positions of each split's examples, with the same share of every class in each; the last split takes the remainder."""
+    """Positions of each split's examples, with equal shares of every class; the last split takes the remainder."""
     random = np.random.RandomState(seed)
     parts: dict[str, list[np.ndarray]] = {split: [] for split in fractions}
     bounds = np.cumsum(list(fractions.values()))[:-1]
@@ -97,11 +97,12 @@ def balanced(labels: np.ndarray, limit: int) -> np.ndarray:
 
 
 class Digits(ImageData):
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, split 60/15/25 into train, val and test with equal shares of each class.
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, split 60/15/25 with equal shares of each class.
 
-    The pixels are what `timm.data.create_transform(..., is_training=False)` makes of the 8x8 picture saved as a PNG, with bicubic
-    interpolation and crop_pct 1.0, before normalisation; an exported network fed with such a file sees what it was measured on.
-    The set (the test part of UCI Optdigits) does not say who wrote what, so the same hand is in every split.
+    The pixels are what `timm.data.create_transform(..., is_training=False)` makes of the 8x8 picture saved as a PNG,
+    with bicubic interpolation and crop_pct 1.0, before normalisation; an exported network fed with such a file sees
+    what it was measured on. The set (the test part of UCI Optdigits) does not say who wrote what, so the same hand is
+    in every split.
 
     Args:
         size: side of the square the pictures are enlarged to, 8 to 256 pixels.
@@ -109,7 +110,7 @@ class Digits(ImageData):
         seed: of the split. The default is the split that all results use.
 
     Attributes:
-        mean, std: of the training split at 32x32, in units of [0, 1] pixels; constants, whatever `size`, `limit` and `seed` are.
+        mean, std: of the training split at 32x32, in units of [0, 1] pixels; constants, whatever the arguments are.
 
     Raises:
         UserError: `size` or `limit` out of range.
@@ -160,9 +161,6 @@ class Digits(ImageData):
             self._pixels[split], self._labels[split], batch_size=batch_size, shuffle=shuffle, augment=augment, seed=seed
         )
 
-    def save_preprocessing(self, folder: str | Path) -> None:
-        """Nothing to save: timm's config.json, which the export writes, says it all."""
-
 
 def picture(images: np.ndarray) -> list[Image.Image]:
     """The digits [N, 8, 8], grey levels 0 to 16, as 8-bit grey pictures."""
@@ -170,7 +168,7 @@ def picture(images: np.ndarray) -> list[Image.Image]:
 
 
 def enlarge(pictures: Sequence[Image.Image], input_size: tuple[int, int, int]) -> Tensor:
-    """timm's evaluation preprocessing without normalisation; [N, 1, H, W] uint8 (the three channels of a grey picture are equal)."""
+    """timm's evaluation preprocessing without normalisation; [N, 1, H, W] uint8, since grey channels are equal."""
     transform = create_transform(
         input_size, is_training=False, interpolation=Digits.interpolation, crop_pct=Digits.crop_pct, normalize=False
     )

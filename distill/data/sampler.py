@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 class EpochSampler(Sampler[int]):
-    """Visits 0 .. size-1 once an epoch; the order is a pure function of (seed, epoch) and touches no global random state.
+    """Visits 0 .. size-1 once an epoch in an order that is a pure function of (seed, epoch); draws nothing global.
 
     Lightning calls `set_epoch` itself; a plain loop calls `loader.sampler.set_epoch(epoch)`.
 

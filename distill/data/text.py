@@ -87,7 +87,7 @@ class Cldr(TextData):
         self,
         languages: int = 12,
         examples: int | None = None,
-        pieces: int = 1000,
+        pieces: int = 1200,
         max_length: int = 24,
         tokenizer: str | None = None,
         seed: int = 0,

@@ -13,14 +13,14 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def train_wordpiece(phrases: Sequence[str], pieces: int, max_length: int) -> BertTokenizer:
-    """A lower-casing, accent-keeping WordPiece tokenizer in BERT's format, with at most `pieces` pieces; `[PAD]` has id 0.
+    """A WordPiece tokenizer in BERT's format that keeps case and accents, with at most `pieces` pieces; `[PAD]` has id 0.
 
     Every character of `phrases` is a piece, even where that makes more than `pieces`. The trainer numbers characters inside words in
     the order of a hash table, differently in each process, and breaks ties between merges by number; handed over as special tokens
     they have fixed numbers, so that the vocabulary depends on the phrases only.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     text = " ".join(map(tokenizer.normalizer.normalize_str, phrases))
     inner = {f"##{c}" for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text) for c in word[1:]}
@@ -29,7 +29,7 @@ def train_wordpiece(phrases: Sequence[str], pieces: int, max_length: int) -> Ber
     )
     tokenizer.train_from_iterator(phrases, trainer)
     return BertTokenizer(
-        vocab=tokenizer.get_vocab(), do_lower_case=True, strip_accents=False, model_max_length=max_length
+        vocab=tokenizer.get_vocab(), do_lower_case=False, strip_accents=False, model_max_length=max_length
     )
 
 
