@@ -9,15 +9,15 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.errors import UserError
+from distill.errors import UserError, fail
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -55,12 +55,6 @@ def remove_if_empty(folder: Path) -> None:
         if path == Path.cwd() or not path.is_dir() or any(path.iterdir()):
             return
         path.rmdir()
-
-
-def fail(message: str) -> NoReturn:
-    """Print one line and end with status 1."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
 
 
 def keys(cfg: Any, prefix: str = "") -> Iterator[str]:
@@ -106,6 +100,8 @@ def preflight(cfg: DictConfig, overrides: list[str]) -> None:
 
 def explain(error: Exception, argv: list[str]) -> str:
     """One line for an error of Hydra or OmegaConf: what is wrong, why, and the options there are."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: can't be read as key=value ({str(error).splitlines()[0].strip()}); quote values with brackets or commas"
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if missing := re.search(r"Could not (?:find|load) '([\w/.-]+)'", text):
         group, _, option = missing[1].rpartition("/")

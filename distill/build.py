@@ -1,7 +1,7 @@
 """From a config node with `_target_` to an object, checked for being what its place in the configuration calls for.
 
-Hydra's own `instantiate` calls anything that can be imported. Here a target is called only if it is a subclass of the expected class,
-or a function whose return annotation is one: `_target_: os.system` is refused without being called.
+Hydra's own `instantiate` calls anything that can be imported. Here a target is called only if it is a subclass of the
+expected class, or a function whose return annotation is one: `_target_: os.system` is refused without being called.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 
 T = TypeVar("T")
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def resolve(target: str, kind: type[T]) -> Any:
@@ -27,11 +28,17 @@ def resolve(target: str, kind: type[T]) -> Any:
     """
     try:
         found = get_object(target)
+        gives = found if inspect.isclass(found) else None
+        if inspect.isfunction(found):
+            gives = typing.get_type_hints(found).get("return")
     except Exception as error:
-        raise UserError(f"_target_={target}: can't be imported ({str(error).splitlines()[0]}); give the dotted name of a {kind.__name__}") from error
-    gives = found if inspect.isclass(found) else typing.get_type_hints(found).get("return") if inspect.isfunction(found) else None
+        raise UserError(
+            f"_target_={target}: can't be imported ({one_line(error)}); give the dotted name of a {kind.__name__}"
+        ) from error
     if not (inspect.isclass(gives) and issubclass(gives, kind)):
-        raise UserError(f"_target_={target}: is not a {kind.__name__}, nor a function annotated to return one; it is not called")
+        raise UserError(
+            f"_target_={target}: is not a {kind.__name__}, nor a function annotated to return one; it is not called"
+        )
     return found
 
 
@@ -39,15 +46,23 @@ def bind(node: DictConfig, kind: type[T], **given: Any) -> tuple[Any, dict[str, 
     """The target of a node and the arguments for it: the node's own keys, and those of `given` that it takes.
 
     Raises:
-        UserError: a key that the target does not take, or one that it needs and is missing.
+        UserError: no `_target_`, a key that the target does not take, or one that it needs and is missing.
     """
+    if not isinstance(node, DictConfig) or not node.get("_target_"):
+        raise UserError(f"{node}: is not a {kind.__name__}; give a node with `_target_` and its arguments")
     arguments = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     target = resolve(arguments.pop("_target_"), kind)
     parameters = inspect.signature(target).parameters
     if unknown := [key for key in arguments if key not in parameters]:
-        raise UserError(f"{target.__module__}.{target.__name__} takes no {unknown[0]!r}; it takes: {', '.join(parameters)}")
+        raise UserError(
+            f"{target.__module__}.{target.__name__} takes no {unknown[0]!r}; it takes: {', '.join(parameters)}"
+        )
     arguments |= {key: value for key, value in given.items() if key in parameters and key not in arguments}
-    needed = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in VARIADIC and name not in arguments
+    ]
     if needed:
         raise UserError(f"{target.__module__}.{target.__name__} needs {', '.join(needed)}")
     return target, arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from distill.callbacks.progress import stage_bar
@@ -11,7 +12,9 @@ from distill.teacher import FrozenTeacher
 
 
 @torch.no_grad()
-def teacher_logits(teacher: FrozenTeacher, data: DataSet, device: torch.device, console, batch_size: int = 128) -> Tensor:
+def teacher_logits(
+    teacher: FrozenTeacher, data: DataSet, device: torch.device, console: Console, batch_size: int = 128
+) -> Tensor:
     """The teacher's logits [N, C] fp32 on the CPU, row i for example i of the training split, without augmentation."""
     teacher.to(device)
     table = torch.full((data.sizes["train"], len(data.label_names)), torch.nan)

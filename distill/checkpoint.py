@@ -13,15 +13,15 @@ from torch import nn
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk and renames: a kill or a full disk leaves the old checkpoint in place.
+    """Writes beside the target, flushes to the disk and renames: a kill or a full disk leaves the old checkpoint.
 
-    Lightning's own writer truncates the target first, and returns as if all were well where the folder can't be written to.
+    Lightning's own writer truncates the target first, and returns as if all were well where the folder is not writable.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        part = target.with_name(f".{target.name}.part")
         try:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -42,6 +42,9 @@ class Provenance(pl.Callback):
         checkpoint["distill"] = self.facts
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load the weights of a checkpoint; nothing in it is executed."""
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+def load_weights(module: nn.Module, path: str | Path, prefix: str = "") -> dict[str, Any]:
+    """Load the weights of a checkpoint whose names begin with `prefix`, and return it; nothing in it is executed."""
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    module.load_state_dict(weights)
+    return checkpoint

@@ -23,6 +23,11 @@ NOTE = (
     " Gap closed: (student − baseline) / (teacher − baseline) of the means, – where there is none."
     " Ratios: teacher / student. Seconds: all stages of one run."
 )
+HEADING = """# Results
+
+What runs measured: a JSON file for each experiment, with every report whole, and below the tables made from them.
+`distill results RUN… --name NAME` writes both; no figure is edited by hand.
+"""
 RATIOS = ("params", "macs", "bytes", "latency_p50")
 
 
@@ -49,7 +54,7 @@ def load(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for source in map(Path, paths):
         path = source / "report.json" if source.is_dir() else source
-        content = _read(path)
+        content = read(path)
         for report in (
             content["runs"] if isinstance(content, dict) and isinstance(content.get("runs"), list) else [content]
         ):
@@ -68,7 +73,8 @@ def load(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return found
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """The JSON in a file; UserError where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -173,6 +179,12 @@ def to_json(rows: list[dict[str, Any]]) -> str:
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table with notes: what ± means, the hardware and versions, and whatever was mixed."""
+    header, cells = table(rows)
+    return reports.markdown_table(header, cells) + "\n\n" + "\n".join(f"* {note}" for note in notes(rows)) + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The rows as header and cells."""
     header = [
         "teacher → student",
         "data",
@@ -201,7 +213,12 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    notes = [
+    return header, cells
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What ± means, the hardware and versions, and whatever was mixed, in Markdown."""
+    out = [
         NOTE,
         *_environment(rows, "hardware", ("cpu", "cores", "memory_gib", "accelerator", "os")),
         *_environment(rows, "versions", ("python", *reports.PACKAGES)),
@@ -209,8 +226,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     for position, row in enumerate(rows, 1):
         for field, values in row["mixed"].items():
             shown = " | ".join("none" if value is None else str(value) for value in values)
-            notes.append(f"**Mixed** in row {position} ({row['teacher']} → {row['student']}): {field}: {shown}.")
-    return reports.markdown_table(header, cells) + "\n\n" + "\n".join(f"* {note}" for note in notes) + "\n"
+            out.append(f"**Mixed** in row {position} ({row['teacher']} → {row['student']}): {field}: {shown}.")
+    return out
 
 
 def _weight(value: Any) -> str:
@@ -259,20 +276,28 @@ def render(results_dir: str | Path) -> str:
 
     UserError where a file's rows are not what its runs give: figures are never edited by hand.
     """
+    sections = []
+    for name, made in recorded(results_dir).items():
+        commands = "\n".join(command for row in made for command in row["commands"])
+        sections.append(f"### {name}\n\n{to_markdown(made)}\n```\n{commands}\n```\n")
+    return "\n".join(sections)
+
+
+def recorded(results_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Name of each results file in the folder -> its rows, made again from its runs; UserError as from `render`."""
     paths = sorted(Path(results_dir).glob("*.json"))
     if not paths:
         raise UserError(f"results {results_dir}: no *.json there: nothing to show; write one with collect")
-    sections = []
+    out = {}
     for path in paths:
-        recorded = _read(path)
+        content = read(path)
         made = rows(load([path]))
-        if not isinstance(recorded, dict) or not _same(recorded.get("rows"), made):
+        if not isinstance(content, dict) or not _same(content.get("rows"), made):
             raise UserError(
                 f"{path}: its rows do not follow from its runs: edited, or made by another version; collect it again"
             )
-        commands = "\n".join(command for row in made for command in row["commands"])
-        sections.append(f"### {path.stem}\n\n{to_markdown(made)}\n```\n{commands}\n```\n")
-    return "\n".join(sections)
+        out[path.stem] = made
+    return out
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -289,12 +314,34 @@ def update_readme(readme: str | Path, table: str) -> bool:
     UserError unless each marker is there once, in order.
     """
     readme = Path(readme)
+    before, after = around(readme)
+    new = f"{before}{BEGIN}\n{table.strip()}\n{after}"
+    if changed := new != readme.read_text(encoding="utf-8"):
+        reports.replace(readme, new)
+    return changed
+
+
+def around(readme: Path) -> tuple[str, str]:
+    """The text before the first marker of `readme`, and that from the second on; UserError as from `update_readme`."""
     if not readme.is_file():
         raise UserError(f"{readme}: no such file: the table goes into an existing one; give its path")
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{readme}: needs one {BEGIN}, then one {END}: the table goes between; add the lines")
-    new = text[: text.index(BEGIN)] + f"{BEGIN}\n{table.strip()}\n" + text[text.index(END) :]
-    if new != text:
-        reports.replace(readme, new)
-    return new != text
+    return text[: text.index(BEGIN)], text[text.index(END) :]
+
+
+def record(paths: Iterable[str | Path], name: str, results_dir: Path, readme: Path) -> list[Path]:
+    """`collect` runs as `name`, then refresh the page of the results folder and the table in `readme`; the files.
+
+    UserError before anything is written if `readme` has no place for a table or a run is no result.
+    """
+    around(readme)
+    page = results_dir / "README.md"
+    out = collect(paths, results_dir / f"{name}.json")
+    if not page.exists():
+        reports.replace(page, f"{HEADING}\n{BEGIN}\n{END}\n")
+    update_readme(page, render(results_dir))
+    rows = _distinct(row for made in recorded(results_dir).values() for row in made)
+    update_readme(readme, f"{reports.markdown_table(*table(rows))}\n\n{NOTE}")
+    return [out, page, readme]

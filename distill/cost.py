@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,12 @@ class Latency:
         }
 
 
+def summary(times: Sequence[float], *, batch: int, threads: int, device: str = "cpu") -> Latency:
+    """The `Latency` of calls that took these times, in milliseconds."""
+    p50, p90 = np.percentile(times, [50, 90])
+    return Latency(float(p50), float(p90), batch, threads, device)
+
+
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Let PyTorch use this many CPU threads within one operation; restored afterwards."""
@@ -120,6 +126,14 @@ def latency(
     """
     if min(repeats, threads, batch) < 1 or warmup < 0:
         raise ValueError(f"{repeats=}, {threads=}, {batch=} must be at least 1 and {warmup=} at least 0")
+    times = call_times(fn, warmup=warmup, repeats=repeats, threads=threads, device=device)
+    return summary(times, batch=batch, threads=threads, device=torch.device(device).type)
+
+
+def call_times(
+    fn: Callable[[], object], *, warmup: int, repeats: int, threads: int = 1, device: str | torch.device = "cpu"
+) -> list[float]:
+    """Milliseconds of each of `repeats` calls after `warmup` others; the arguments are those of `latency`."""
     device = torch.device(device)
     wait: Callable[[], object] = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     times = []
@@ -132,5 +146,4 @@ def latency(
             fn()
             wait()
             times.append(1000 * (time.perf_counter() - start))
-    p50, p90 = np.percentile(times, [50, 90])
-    return Latency(float(p50), float(p90), batch, threads, device.type)
+    return times

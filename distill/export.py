@@ -29,7 +29,8 @@ from torch.export import Dim
 
 from distill.card import Card, model_card
 from distill.errors import UserError
-from distill.exported import ONNX_FILE, WEIGHTS_FILE, library_of, quiet_transformers, verify
+from distill.exported import quiet_transformers, verify
+from distill.layout import ONNX_FILE, is_export
 
 TOLERANCE = 1e-3
 """Largest absolute difference of the logits of an exported format from those in PyTorch, fp32 on the CPU."""
@@ -253,8 +254,3 @@ def replaced(folder: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds an export: its weights, and a config.json of a known library."""
-    return (folder / WEIGHTS_FILE).is_file() and library_of(folder) is not None

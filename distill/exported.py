@@ -17,13 +17,12 @@ import onnxruntime
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.cost import latency, torch_threads
+from distill.layout import formats, library_of
 
-ONNX_FILE = "model.onnx"
-WEIGHTS_FILE = "model.safetensors"
 Batch = Mapping[str, Tensor]
 
 
@@ -42,15 +41,6 @@ class Exported:
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.run(self.inputs(batch))
-
-
-def library_of(folder: Path) -> str | None:
-    """The library that loads the folder, by its config.json: "transformers", "timm", or None."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return "timm" if "pretrained_cfg" in config else "transformers" if "model_type" in config else None
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def load_network(folder: Path) -> Any:
@@ -81,6 +71,11 @@ def load_onnx(path: Path, *, threads: int = 1) -> Exported:
         inputs=lambda batch: {name: tensor.numpy() for name, tensor in tensors(batch).items()},
         run=lambda inputs: torch.from_numpy(session.run(["logits"], inputs)[0]),
     )
+
+
+def load(path: Path, *, threads: int = 1) -> Exported:
+    """One of the files of `formats`; `threads` are those of ONNX Runtime."""
+    return load_onnx(path, threads=threads) if path.suffix == ".onnx" else load_native(path.parent)
 
 
 def torch_run(network: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
@@ -133,10 +128,10 @@ def verify(folder: Path, network: nn.Module, tolerance: float) -> dict[str, floa
     Raises:
         RuntimeError: a difference is above the tolerance or is not a number.
     """
-    formats = {str(library_of(folder)): load_native(folder), "onnx": load_onnx(folder / ONNX_FILE)}
     reference = Exported(_inputs(folder), torch_run(network))
     found = {}
-    for name, exported in formats.items():
+    for name, path in formats(folder).items():
+        exported = load(path)
         found[name] = max(float((exported(batch) - reference(batch)).abs().max()) for batch in probes(folder))
         if not found[name] <= tolerance:
             raise RuntimeError(
@@ -146,16 +141,33 @@ def verify(folder: Path, network: nn.Module, tolerance: float) -> dict[str, floa
     return found
 
 
+def answers(exported: Callable[[Batch], Tensor], loader: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """What is said of each example, and what is right: classes [N] each, in the order of `index` if there is one."""
+    said, labels, index = [], [], []
+    for batch in loader:
+        said.append(exported(batch).argmax(-1).cpu())
+        labels.append(batch["labels"].cpu())
+        index.append(batch.get("index", torch.zeros_like(batch["labels"])).cpu())
+    if not said:
+        raise ValueError("no examples to measure accuracy on")
+    order = torch.cat(index).argsort(stable=True)
+    return torch.cat(said)[order], torch.cat(labels)[order]
+
+
 def accuracy(exported: Exported, loader: Iterable[Batch]) -> float:
     """Share of examples whose largest logit is at the label; `loader` gives batches with `labels` [B]."""
-    right = total = 0
-    for batch in loader:
-        labels = batch["labels"].cpu()
-        right += int((exported(batch).argmax(-1) == labels).sum())
-        total += len(labels)
-    if not total:
-        raise ValueError("no examples to measure accuracy on")
-    return right / total
+    said, labels = answers(exported, loader)
+    return int((said == labels).sum()) / len(labels)
+
+
+def sample(folder: Path, batch: int = 1) -> dict[str, Tensor]:
+    """A batch of the largest shape that an export was made for: grey pixels, or unknown pieces without padding."""
+    if library_of(folder) == "timm":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+        return {"pixels": torch.full((batch, *config["input_size"]), 0.5)}
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    ids = torch.full((batch, tokenizer.model_max_length), tokenizer.unk_token_id)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def onnx_accuracy(path: Path, loader: Iterable[Batch], *, threads: int = 1) -> float:
@@ -188,8 +200,8 @@ def measure(
     native = str(library_of(folder))
     entries = []
     for name, difference in differences.items():
-        file = folder / (WEIGHTS_FILE if name == native else ONNX_FILE)
-        exported = load_native(folder) if name == native else load_onnx(file, threads=threads)
+        file = formats(folder)[name]
+        exported = load(file, threads=threads)
         inputs = exported.inputs(example)
         with torch_threads(threads):
             metrics = {"accuracy": accuracy(exported, loader)}

@@ -1,7 +1,7 @@
 """What a loss sees of a network: `Features`, and the modules that produce them from a batch.
 
-After this point nothing knows about BERT or ResNet: networks differ in how they are fed and in where their layers are, and both
-are settled here.
+After this point nothing knows about BERT or ResNet: networks differ in how they are fed and in where their layers are,
+and both are settled here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Features:
 class Tapped(nn.Module):
     """A backbone with named places whose outputs can be watched.
 
-    The backbone stays the ordinary transformers or timm module: it is what is trained and what is exported. Nothing is captured
-    until `watch` is called, so that a run whose loss needs only logits keeps no activation alive.
+    The backbone stays the ordinary transformers or timm module: it is what is trained and what is exported. Nothing is
+    captured until `watch` is called, so that a run whose loss needs only logits keeps no activation alive.
 
     Args:
         backbone: the network.
@@ -56,7 +56,9 @@ class Tapped(nn.Module):
         for name, path in places.items():
             if path not in modules:
                 close = difflib.get_close_matches(path, modules, n=3, cutoff=0.3)
-                raise ValueError(f"tap {name!r}: no module {path!r} in {type(backbone).__name__}; close matches: {close}")
+                raise ValueError(
+                    f"tap {name!r}: no module {path!r} in {type(backbone).__name__}; close matches: {close}"
+                )
         self.backbone = backbone
         self.places = dict(places)
         self._captured: dict[str, Tensor] = {}
@@ -70,7 +72,9 @@ class Tapped(nn.Module):
         """
         wanted = list(names)
         if unknown := [name for name in wanted if name not in self.places]:
-            raise ValueError(f"no tap {unknown[0]!r} in {type(self.backbone).__name__}; there are: {', '.join(self.places)}")
+            raise ValueError(
+                f"no tap {unknown[0]!r} in {type(self.backbone).__name__}; there are: {', '.join(self.places)}"
+            )
         for handle in self._handles:
             handle.remove()
         self._handles = [
@@ -90,6 +94,7 @@ class Tapped(nn.Module):
         return None
 
     def forward(self, batch: Batch) -> Features:
+        self._captured.clear()
         try:
             logits = self.logits(batch)
             return Features(logits=logits, hidden=dict(self._captured), mask=self.mask(batch))
@@ -110,11 +115,15 @@ class TappedText(Tapped):
 class TappedImage(Tapped):
     """A timm classifier, fed with `pixels` [B, 3, H, W] in [0, 1].
 
-    The network brings its own normalisation, so that a teacher and a student that were made for different ones read the same batch.
+    The network brings its own normalisation, so that a teacher and a student that were made for different ones read the
+    same batch.
 
     Args:
         mean, std: per channel, in units of [0, 1] pixels.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, backbone: nn.Module, places: Mapping[str, str], mean: Sequence[float], std: Sequence[float]

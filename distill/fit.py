@@ -10,7 +10,9 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from torch import Tensor
 
 from distill.callbacks.progress import StageProgress
 from distill.checkpoint import AtomicCheckpointIO, Provenance, load_weights
@@ -89,6 +91,28 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback] = (), **more: A
     )
 
 
+def check_trainer(arguments: dict[str, Any]) -> None:
+    """Build a Trainer with these arguments and throw it away.
+
+    Raises:
+        UserError: Lightning does not accept them.
+    """
+    try:
+        pl.Trainer(
+            **arguments, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        )
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: Lightning does not accept {arguments} ({str(error).splitlines()[0]})") from error
+
+
+class LatestBest(ModelCheckpoint):
+    """Of epochs with equal scores the latest is kept: on a small validation split ties are common, and later has learnt more."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        tie = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return tie or super().check_monitor_top_k(trainer, current)
+
+
 def fit(
     network: Tapped,
     loss: LossSum,
@@ -101,33 +125,37 @@ def fit(
     callbacks: Sequence[pl.Callback] = (),
     checkpoints: Path,
     weights_only: bool = False,
+    keep: str = "best",
 ) -> DistillModule:
-    """Train, keep the epoch with the best validation accuracy, and return the module with those weights.
+    """Train, keep one epoch, and return the module with its weights.
 
     Args:
         checkpoints: folder for `best.ckpt` and, unless `weights_only`, `last.ckpt`.
         weights_only: leave optimiser and scheduler out of the checkpoint.
+        keep: "best", the latest of the epochs with the best validation accuracy, or "last".
     """
     pl.seed_everything(settings.seed, verbose=False)
     options = asdict(schedule)
     epochs, batch_size, clip, augment = (options.pop(key) for key in ("epochs", "batch_size", "clip", "augment"))
     module = DistillModule(network, loss, teacher=teacher, stage=stage, num_labels=len(data.label_names), **options)
-    best = ModelCheckpoint(
-        checkpoints, filename="best", monitor=f"{stage}/val_accuracy", mode="max", save_last=not weights_only,
-        save_weights_only=weights_only, enable_version_counter=False,
-    )  # fmt: skip
+    saved = {"save_weights_only": weights_only, "enable_version_counter": False}
+    choice = {"monitor": f"{stage}/val_accuracy", "mode": "max"} if keep == "best" else {}
+    best = LatestBest(checkpoints, filename="best", **choice, **saved)
+    # A callback of its own: with `save_last` Lightning saves only the epochs that are the best so far.
+    last = [] if weights_only else [ModelCheckpoint(checkpoints, filename="last", **saved)]
     worker = trainer(
         settings,
-        [StageProgress(stage, settings.console), Provenance(settings.provenance), best, *callbacks],
+        [StageProgress(stage, settings.console), Provenance(settings.provenance), best, *last, *callbacks],
         max_epochs=epochs,
         gradient_clip_val=clip or None,
     )
-    worker.fit(
-        module,
-        data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed),
-        data.loader("val", batch_size=max(batch_size, 128)),
-    )
-    if worker.interrupted:
-        raise KeyboardInterrupt
+    try:
+        worker.fit(
+            module,
+            data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed),
+            data.loader("val", batch_size=max(batch_size, 128)),
+        )
+    except SystemExit as end:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from end
     load_weights(module, best.best_model_path)
     return module

@@ -6,14 +6,21 @@ A term is a thin class around a function of `distill.functional`. To add one: wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from distill import functional
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 from distill.features import Batch, Features
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a configuration is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class LossTerm(nn.Module):
@@ -32,8 +39,8 @@ class LossTerm(nn.Module):
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise UserError(f"weight={weight} of {type(self).__name__}: a loss weight is a number >= 0")
+        if not (is_number(weight) and weight >= 0):
+            raise UserError(f"weight={weight} of {type(self).__name__}: a loss weight is a finite number >= 0")
         self.weight = float(weight)
 
     def forward(self, student: Features, teacher: Features | None, batch: Batch) -> Tensor:
@@ -48,8 +55,8 @@ class CrossEntropy(LossTerm):
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__(weight)
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing={label_smoothing}: must be in [0, 1)")
+        if not (is_number(label_smoothing) and 0 <= label_smoothing < 1):
+            raise UserError(f"label_smoothing={label_smoothing}: must be a number in [0, 1)")
         self.label_smoothing = float(label_smoothing)
 
     def forward(self, student: Features, teacher: Features | None, batch: Batch) -> Tensor:
@@ -61,14 +68,16 @@ class LogitsKL(LossTerm):
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
         super().__init__(weight)
-        if not temperature > 0:
-            raise UserError(f"temperature={temperature}: must be > 0; 1 leaves the distributions as they are, 2 to 8 are usual")
+        if not (is_number(temperature) and temperature > 0):
+            raise UserError(f"temperature={temperature}: must be a number > 0; 1 changes nothing, 2 to 8 are usual")
         self.temperature = float(temperature)
 
     def forward(self, student: Features, teacher: Features | None, batch: Batch) -> Tensor:
         assert teacher is not None
         if student.logits.shape != teacher.logits.shape:
-            raise ValueError(f"student logits {list(student.logits.shape)} and teacher logits {list(teacher.logits.shape)} differ")
+            raise ValueError(
+                f"student logits {list(student.logits.shape)} and teacher logits {list(teacher.logits.shape)} differ"
+            )
         return functional.logits_kl(student.logits, teacher.logits, self.temperature)
 
 
@@ -88,14 +97,17 @@ class LossSum(nn.Module):
             raise UserError(f"loss={sorted(terms)}: no term has a weight above 0, so there is nothing to learn from")
         self.terms = nn.ModuleDict(dict(terms))
 
+    def _all(self) -> Iterable[LossTerm]:
+        return cast(Iterable[LossTerm], self.terms.values())
+
     @property
     def needs_teacher(self) -> bool:
-        return any(term.needs_teacher for term in self.terms.values())
+        return any(term.needs_teacher for term in self._all())
 
     @property
     def needs(self) -> list[str]:
         """All taps that the terms read, each once."""
-        return list(dict.fromkeys(name for term in self.terms.values() for name in term.needs))
+        return list(dict.fromkeys(name for term in self._all() for name in term.needs))
 
     def forward(self, student: Features, teacher: Features | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the weighted total, a scalar, and the unweighted value of each term by name (detached)."""
@@ -113,5 +125,5 @@ class LossSum(nn.Module):
         for name, term in self.terms.items():
             try:
                 term(student, teacher, batch)
-            except (ValueError, KeyError) as error:
-                raise UserError(f"loss term {name!r} does not fit this pair: {error}") from error
+            except (ValueError, LookupError, RuntimeError) as error:
+                raise UserError(f"loss term {name!r} does not fit this pair: {one_line(error)}") from error

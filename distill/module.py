@@ -16,7 +16,7 @@ from distill.teacher import Teacher
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimiser groups: weight decay for matrices and kernels, none for biases and normalisation (fewer than 2 dimensions)."""
+    """Two optimiser groups: weight decay for matrices and kernels, none for what has fewer than 2 dimensions."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -25,7 +25,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate: linear from 0 to 1 over the first `warmup` share of `total` steps, then a half cosine to 0."""
+    """Factor of the learning rate: a linear rise to 1 over a share `warmup` of `total` steps, then a half cosine to 0.
+
+    Step 0 is already one part of the rise, since a step with a learning rate of 0 would be wasted.
+    """
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -35,7 +38,7 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
 class DistillModule(pl.LightningModule):
     """Trains `student` on `loss`; a `teacher` is asked only if a term needs it.
 
-    The teacher is not registered as a submodule, so it is in no checkpoint, in no optimiser, and no `train()` reaches it.
+    The teacher is not registered as a submodule: it is in no checkpoint, in no optimiser, and no `train()` reaches it.
 
     Args:
         student: the network that is trained (in the teacher and baseline stages: the teacher, the undistilled student).
@@ -74,7 +77,7 @@ class DistillModule(pl.LightningModule):
     def teacher(self) -> Teacher | None:
         return self._teacher[0]
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(self.device)
 
@@ -95,7 +98,8 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(nn.ModuleList([self.student, self.loss]), self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
+        fused = "mixed" not in str(self.trainer.precision)  # Lightning clips no gradients of a fused optimiser there
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

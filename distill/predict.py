@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from distill.errors import UserError
-from distill.exported import WEIGHTS_FILE, library_of, load_network
+from distill.exported import load_network
+from distill.layout import WEIGHTS_FILE, image_file, is_export, library_of
 
 BATCH = 32
 
@@ -59,8 +60,7 @@ def predict(export_dir: Path, inputs: Sequence[str], top: int = 1) -> list[Predi
             below 1.
     """
     folder = Path(export_dir)
-    library = library_of(folder)
-    if library is None or not (folder / WEIGHTS_FILE).is_file():
+    if not is_export(folder):
         raise UserError(
             f"no export in {folder}: it needs config.json and {WEIGHTS_FILE}; give the export/ folder of a finished run"
         )
@@ -72,7 +72,9 @@ def predict(export_dir: Path, inputs: Sequence[str], top: int = 1) -> list[Predi
         network = load_network(folder)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the export in {folder}: {error}".splitlines()[0] + "; export again") from error
-    labels, batches = _text(folder, network, inputs) if library == "transformers" else _images(network, inputs)
+    labels, batches = (
+        _text(folder, network, inputs) if library_of(folder) == "transformers" else _images(network, inputs)
+    )
     with torch.no_grad():
         probabilities = torch.cat([logits.softmax(-1) for logits in batches])
     best = probabilities.topk(min(top, len(labels)))
@@ -112,10 +114,8 @@ def read_image(path: str, mode: str) -> Image.Image:
     Raises:
         UserError: there is no such file, or PIL cannot read it.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such image file; this export classifies images, so give paths of image files")
     try:
-        with Image.open(path) as image:
+        with Image.open(image_file(path)) as image:
             return image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); give a PNG, JPEG or similar file") from error

@@ -14,7 +14,7 @@ from rich.console import Console
 from distill import fingerprint, plots, report, stages, tracking
 from distill.build import build, build_all
 from distill.data.base import DataSet
-from distill.fit import Schedule, Settings, fit
+from distill.fit import Schedule, Settings, check_trainer, fit
 from distill.losses import LossSum, LossTerm
 from distill.quiet import quiet
 
@@ -36,6 +36,8 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     loss = LossSum(build_all(cfg.loss, LossTerm))
     schedule = Schedule(**cfg.optim)
     teacher_schedule = Schedule(**{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")})
+    arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
+    check_trainer(arguments)
     if cfg.data.get("tokenizer") == "auto":
         cfg.data.tokenizer = None if cfg.teacher.weights == "scratch" else stages.teacher_source(cfg.teacher)
     data = build(cfg.data, DataSet)
@@ -45,7 +47,6 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     for logger in loggers:
         logger.log_hyperparams(config)
-    arguments = {key: value for key, value in cfg.trainer.items() if key != "smoke"}
     settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
     job = stages.Job(cfg, data, settings)
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")

@@ -18,6 +18,7 @@ from distill import fingerprint, store
 from distill.build import build
 from distill.cache import teacher_logits
 from distill.callbacks.evaluation import Evaluation
+from distill.callbacks.progress import StageProgress
 from distill.callbacks.stacking import ProgressiveStacking
 from distill.card import Card
 from distill.data.base import DataSet, ImageData, TextData
@@ -26,6 +27,7 @@ from distill.export import export_image, export_text
 from distill.exported import measure
 from distill.features import Tapped, TappedImage
 from distill.fit import Schedule, Settings, fit, trainer
+from distill.layout import EXPORT
 from distill.losses import CrossEntropy, LossSum
 from distill.module import DistillModule
 from distill.teacher import CachedLogits, FrozenTeacher, Teacher
@@ -73,16 +75,39 @@ def transformer_layers(network: Tapped) -> nn.ModuleList:
 
 
 def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
-    """Train the teacher on the labels alone; the network ends with the weights of its best epoch."""
+    """Train the teacher on the labels alone; the network ends with the weights of its best epoch, or of the last one if stacked."""
     options = job.cfg.teacher.optim
     callbacks: list[pl.Callback] = []
     if options.stacking is not None:
-        callbacks = [ProgressiveStacking(transformer_layers(network), list(options.stacking), schedule.epochs)]
+        callbacks = [ProgressiveStacking(transformer_layers(network), [(share, number) for share, number in options.stacking])]
     loss = LossSum({"ce": CrossEntropy(label_smoothing=options.label_smoothing)})
     scratch = job.settings.folder / "checkpoints" / "teacher"
-    fit(network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch, weights_only=True)
+    keep = "best" if options.stacking is None else "last"
+    fit(
+        network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch, weights_only=True,
+        keep=keep,
+    )  # fmt: skip
     (scratch / "best.ckpt").unlink()
     scratch.rmdir()
+
+
+def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
+    """The teacher as it is before anything is trained here, and where the store keeps it once it is; None if it needs no training."""
+    cfg = job.cfg.teacher
+    pl.seed_everything(job.settings.seed, verbose=False)
+    network = build(cfg.network, Tapped, weights=teacher_source(cfg), **job.data.network_facts)
+    if cfg.finetune is not True and (cfg.finetune != "auto" or network.head_loaded):
+        return network, None
+    key = fingerprint.of_values(
+        {
+            "initial": fingerprint.of_weights(network),
+            "data": job.data.fingerprint,
+            "recipe": OmegaConf.to_container(cfg.optim, resolve=True),
+            "seed": job.settings.seed,
+            "trainer": {name: job.settings.trainer[name] for name in ("precision", "devices", "accumulate_grad_batches")},
+        }
+    )
+    return network, Path(job.cfg.store).expanduser() / "teachers" / key[:20]
 
 
 def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str, Any]]:
@@ -96,28 +121,16 @@ def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str
     """
     cfg = job.cfg.teacher
     with job.stage("teacher", f"{cfg.name}, weights: {cfg.weights}"):
-        pl.seed_everything(job.settings.seed, verbose=False)
-        network = build(cfg.network, Tapped, weights=teacher_source(cfg), **job.data.network_facts)
-        if cfg.finetune is True or (cfg.finetune == "auto" and not network.head_loaded):
-            recipe = OmegaConf.to_container(cfg.optim, resolve=True)
-            key = fingerprint.of_values(
-                {
-                    "initial": fingerprint.of_weights(network),
-                    "data": job.data.fingerprint,
-                    "recipe": recipe,
-                    "seed": job.settings.seed,
-                    "trainer": {name: job.settings.trainer[name] for name in ("precision", "devices", "accumulate_grad_batches")},
-                }
-            )
-            folder = Path(job.cfg.store).expanduser() / "teachers" / key[:20]
-            if folder.exists():
-                store.load_teacher(folder, network)
-                job.say(f"  reused from {folder}")
-            else:
-                train_teacher(job, network, schedule)
-                if not job.cfg.trainer.smoke:
-                    store.save_teacher(folder, network, {"name": cfg.name, "recipe": recipe, "seed": job.settings.seed})
-                    job.say(f"  stored in {folder}")
+        network, folder = initial_teacher(job)
+        if folder is not None and folder.exists():
+            store.load_teacher(folder, network)
+            job.say(f"  reused from {folder}")
+        elif folder is not None:
+            train_teacher(job, network, schedule)
+            if not job.cfg.trainer.smoke:
+                recipe = OmegaConf.to_container(cfg.optim, resolve=True)
+                store.save_teacher(folder, network, {"name": cfg.name, "recipe": recipe, "seed": job.settings.seed})
+                job.say(f"  stored in {folder}")
         evaluation = evaluate(job, network, "teacher")
         accuracy = evaluation.result["metrics"]["accuracy"]
         job.say(f"  test accuracy {accuracy:.4f} (most frequent class: {evaluation.majority:.4f})")
@@ -180,32 +193,43 @@ def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None
 
 def export_stage(job: Job, student: Tapped, document: dict[str, Any]) -> list[dict[str, Any]]:
     """Write `export/`, check it against the student, and measure each format on the test split from its files alone."""
-    folder = job.settings.folder / "export"
-    with job.stage("export", "safetensors and ONNX"):
-        metrics, teacher = document["student"]["metrics"], document["teacher"]
-        card = Card(
-            name=document["run"]["name"],
-            summary=f"Distilled by distill from {teacher['name']}; loss terms: {', '.join(document['loss'])}.",
-            dataset=job.data.name,
-            accuracy=metrics["accuracy"],
-            figures={
-                "test accuracy of the teacher": f"{teacher['metrics']['accuracy']:.4f}",
-                "parameters": f"{document['student']['params']:,}",
-                "MACs": f"{document['student']['macs']:,}",
-            },
-        )
-        tolerance = job.cfg.export.tolerance
-        if isinstance(job.data, TextData):
-            differences = export_text(student.backbone, job.data.tokenizer, job.data.label_names, folder, card, tolerance=tolerance)
-        else:
-            assert isinstance(job.data, ImageData)
-            assert isinstance(student, TappedImage)
-            differences = export_image(
-                student.backbone, job.data.label_names, student.mean.flatten().tolist(), student.std.flatten().tolist(),
-                job.data.input_size, job.data.interpolation, folder, card, tolerance=tolerance,
-            )  # fmt: skip
+    folder = job.settings.folder / EXPORT
+    with job.stage("export", "safetensors and ONNX"), job.settings.console.status("exporting and checking"):
+        differences = write_export(job, student, document, folder)
         options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
         return measure(folder, differences, job.data.loader("test", batch_size=128), job.data.sample(), **options)
+
+
+def write_export(job: Job, student: Tapped, document: dict[str, Any] | None, folder: Path) -> dict[str, float]:
+    """Write the student as an export, with a model card from the report; format -> largest difference of a logit."""
+    card, tolerance = card_of(job, document), job.cfg.export.tolerance
+    if isinstance(job.data, TextData):
+        return export_text(student.backbone, job.data.tokenizer, job.data.label_names, folder, card, tolerance=tolerance)
+    assert isinstance(job.data, ImageData)
+    assert isinstance(student, TappedImage)
+    return export_image(
+        student.backbone, job.data.label_names, student.mean.flatten().tolist(), student.std.flatten().tolist(),
+        job.data.input_size, job.data.interpolation, folder, card, tolerance=tolerance,
+    )  # fmt: skip
+
+
+def card_of(job: Job, document: dict[str, Any] | None) -> Card:
+    """The model card of the student; without figures where there is no report yet."""
+    teacher, student = job.cfg.teacher.name, job.cfg.student.name
+    summary = f"Distilled by distill from {teacher}; loss terms: {', '.join(job.cfg.loss)}."
+    if document is None:
+        return Card(name=f"{teacher}_{student}", summary=summary, dataset=job.data.name)
+    return Card(
+        name=document["run"]["name"],
+        summary=summary,
+        dataset=job.data.name,
+        accuracy=document["student"]["metrics"]["accuracy"],
+        figures={
+            "test accuracy of the teacher": f"{document['teacher']['metrics']['accuracy']:.4f}",
+            "parameters": f"{document['student']['params']:,}",
+            "MACs": f"{document['student']['macs']:,}",
+        },
+    )
 
 
 def check(job: Job, loss: LossSum, student: Tapped, teacher: FrozenTeacher) -> None:
@@ -231,5 +255,6 @@ def evaluate(job: Job, network: Tapped, stage: str) -> Evaluation:
     options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
     evaluation = Evaluation(job.data.sample(), len(job.data.label_names), job.teacher_says, **options)
     module = DistillModule(network, LossSum({"ce": CrossEntropy()}), stage=stage, num_labels=len(job.data.label_names))
-    trainer(job.settings, [evaluation]).test(module, job.data.loader("test", batch_size=128), verbose=False)
+    progress = StageProgress(stage, job.settings.console)
+    trainer(job.settings, [progress, evaluation]).test(module, job.data.loader("test", batch_size=128), verbose=False)
     return evaluation

@@ -9,13 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill import fingerprint
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 
 WEIGHTS, RECORD = "model.safetensors", "record.json"
 
@@ -27,8 +26,11 @@ def save_teacher(folder: Path, network: nn.Module, record: dict[str, Any]) -> No
     try:
         save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, part / WEIGHTS)
         (part / RECORD).write_text(json.dumps(record | {"sha256": fingerprint.of_weights(network)}, indent=2) + "\n")
-        if not folder.exists():
+        try:
             part.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -44,8 +46,10 @@ def load_teacher(folder: Path, network: nn.Module) -> dict[str, Any]:
         network.load_state_dict(load_file(folder / WEIGHTS))
         if fingerprint.of_weights(network) != record["sha256"]:
             raise ValueError("the checksum does not match")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"stored teacher {folder} is damaged ({str(error).splitlines()[0]}); delete that folder to train it again") from error
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"stored teacher {folder} is damaged ({one_line(error)}); delete that folder to train it again"
+        ) from error
     return record
 
 
@@ -54,7 +58,7 @@ def save_logits(path: Path, logits: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({"logits": logits}, part)
+        save_file({"logits": logits}, part, metadata={"sha256": fingerprint.of_tensors({"logits": logits})})
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -69,9 +73,15 @@ def load_logits(path: Path, shape: tuple[int, int]) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        logits = load_file(path)["logits"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"stored logits {path} are damaged ({error}); delete that file to compute them again") from error
-    if tuple(logits.shape) != shape or not torch.isfinite(logits).all():
-        raise UserError(f"stored logits {path} are {tuple(logits.shape)} or not finite, expected {shape}; delete that file")
+        with safe_open(path, framework="pt") as file:
+            logits: Tensor = file.get_tensor("logits")
+            recorded = file.metadata()["sha256"]
+        if fingerprint.of_tensors({"logits": logits}) != recorded:
+            raise ValueError("the checksum does not match")
+        if tuple(logits.shape) != shape:
+            raise ValueError(f"the shape is {tuple(logits.shape)} and has to be {shape}")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"stored logits {path} are damaged ({one_line(error)}); delete that file to compute them again"
+        ) from error
     return logits

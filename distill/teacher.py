@@ -19,7 +19,8 @@ class Teacher(Protocol):
 class FrozenTeacher(nn.Module):
     """A network in eval mode for ever and without gradients.
 
-    `train()` and `requires_grad_()` of a parent cannot thaw it: parameters and buffers (BatchNorm statistics) stay bit-identical.
+    `train()` and `requires_grad_()` of a parent cannot thaw it: parameters and buffers (BatchNorm statistics) stay
+    bit-identical.
     """
 
     def __init__(self, network: Tapped) -> None:
@@ -42,8 +43,8 @@ class CachedLogits:
     """The teacher's logits, looked up by the example's index in the training split.
 
     Args:
-        logits: [N, C], row i is the teacher's answer to training example i. Only valid where the student sees exactly what the
-            teacher saw, so not with random augmentation.
+        logits: [N, C], row i is the teacher's answer to training example i. Only valid where the student sees exactly
+            what the teacher saw, so not with random augmentation.
     """
 
     def __init__(self, logits: Tensor) -> None:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
-from distill.errors import UserError
+from distill.errors import UserError, one_line
+
+
+class _Record(ExperimentWriter):
+    """Adds to what is there; Lightning's own deletes it, and warns of everything else that is in the folder."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.exists():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
 
 
 class RecordLogger(CSVLogger):
-    """`metrics.csv` straight in the run folder, shared by all stages; no `hparams.yaml`, since `config.yaml` is there."""
+    """`metrics.csv` straight in the run folder, for all stages; no `hparams.yaml`, since `config.yaml` is there."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=20)
-        self.experiment.metrics_file_path = str(folder / "metrics.csv")
+        self._experiment = _Record(str(folder))
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: the run folder has `config.yaml`."""
@@ -57,7 +69,7 @@ class MirrorLogger(Logger):
         try:
             call()
         except Exception as error:  # whatever W&B raises: the run is worth more than its mirror
-            self.failed = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            self.failed = f"{type(error).__name__}: {one_line(error)}"
             print(f"warning: W&B is off for the rest of this run ({self.failed}); metrics.csv goes on", file=sys.stderr)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -76,11 +88,14 @@ def csv_logger(folder: Path) -> RecordLogger:
     return RecordLogger(folder)
 
 
-def wandb_logger(folder: Path, name: str, project: str = "distill", mode: str = "offline", entity: str | None = None) -> MirrorLogger:
+def wandb_logger(
+    folder: Path, name: str, project: str = "distill", mode: str = "offline", entity: str | None = None
+) -> MirrorLogger:
     """A W&B run in the run folder.
 
     Args:
-        mode: "offline" writes files that `wandb sync` can send later, without account, prompt or network; "online" sends.
+        mode: "offline" writes files that `wandb sync` can send later, without account, prompt or network; "online"
+            sends.
 
     Raises:
         UserError: another mode.
@@ -94,7 +109,8 @@ def wandb_logger(folder: Path, name: str, project: str = "distill", mode: str = 
         import wandb
 
         settings = wandb.Settings(console="off", init_timeout=30)
-        mirror.run = wandb.init(project=project, name=name, entity=entity, dir=folder, mode=mode, settings=settings)
+        known = cast(Literal["offline", "online"], mode)
+        mirror.run = wandb.init(project=project, name=name, entity=entity, dir=folder, mode=known, settings=settings)
 
     mirror.guard(start)
     return mirror

@@ -268,7 +268,7 @@ def test_verification_finds_another_network(exports: Exports, kind: str) -> None
 
 def test_verification_refuses_what_is_not_a_number(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Exported(inputs=dict, run=lambda inputs: torch.full((len(inputs["input_ids"]), len(LABELS)), torch.nan))
-    monkeypatch.setattr(exported, "load_onnx", lambda path: broken)
+    monkeypatch.setattr(exported, "load_onnx", lambda path, threads: broken)
     with pytest.raises(RuntimeError, match=r"onnx network disagrees.*differ by nan"):
         verify(exports["text"], bert().eval(), 1e-3)
 

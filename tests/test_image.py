@@ -50,7 +50,8 @@ def test_batch_is_documented_dict(digits: Digits) -> None:
     assert batch["pixels"].shape == (5, *digits.input_size)
     assert batch["pixels"].dtype == torch.float32
     assert batch["labels"].dtype == batch["index"].dtype == torch.int64
-    assert batch["pixels"].min() >= 0 and 0.9 < batch["pixels"].max() <= 1
+    assert batch["pixels"].min() >= 0
+    assert 0.9 < batch["pixels"].max() <= 1
     assert digits.label_names == [str(n) for n in range(10)]
 
 
@@ -114,7 +115,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(digits: Digits) -> N
     assert not torch.equal(first, pixels(1, 3))
     plain = everything(digits.loader("val", batch_size=64), "pixels")
     assert (first != plain).flatten(1).any(dim=1).all()
-    assert first.min() >= 0 and first.max() <= 1
+    assert first.min() >= 0
+    assert first.max() <= 1
 
 
 def test_loading_leaves_global_random_state_alone(digits: Digits) -> None:
@@ -126,7 +128,8 @@ def test_loading_leaves_global_random_state_alone(digits: Digits) -> None:
 def test_uniforms_are_uniform_and_independent() -> None:
     draws = uniforms(0, 0, torch.arange(20_000))
     assert draws.shape == (20_000, DRAWS)
-    assert draws.min() >= 0 and draws.max() < 1
+    assert draws.min() >= 0
+    assert draws.max() < 1
     assert draws.mean(0).tolist() == pytest.approx([0.5] * DRAWS, abs=0.01)
     assert draws.var(0).tolist() == pytest.approx([1 / 12] * DRAWS, abs=0.002)
     neighbours = [draws, uniforms(1, 0, torch.arange(20_000)), uniforms(0, 1, torch.arange(20_000))]

@@ -6,6 +6,7 @@ import httpx
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
@@ -173,15 +174,17 @@ def test_path_that_is_not_there_is_refused(weights: str) -> None:
 
 
 def test_unreachable_hub_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[tuple[str, float]] = []
 
-    def unreachable(*args: object, **kwargs: object) -> None:
-        asked.append(args)
+    def unreachable(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
         raise httpx.ConnectError("no network")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(httpx, "head", unreachable)
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited to ask again"))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited to ask again"))
     with pytest.raises(UserError, match=r"teacher\.weights=nobody/nothing: can't be loaded") as caught:
         small("nobody/nothing")
     assert len(asked) == 1
+    assert constants.HF_HUB_OFFLINE is False
     assert "\n" not in str(caught.value)

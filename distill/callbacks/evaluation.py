@@ -22,13 +22,19 @@ class Evaluation(pl.Callback):
     Args:
         sample: batch of one, for MACs and latency.
         num_labels: C.
-        teacher_predictions: [N] class by example index, for `agreement`, the share of test examples on which the network and the
-            teacher say the same; None leaves it out.
+        teacher_predictions: [N] class by example index, for `agreement`, the share of test examples on which the
+            network and the teacher say the same; None leaves it out.
         warmup, repeats, threads: of the latency; see `distill.cost.latency`.
     """
 
     def __init__(
-        self, sample: Batch, num_labels: int, teacher_predictions: Tensor | None = None, warmup: int = 10, repeats: int = 100, threads: int = 1
+        self,
+        sample: Batch,
+        num_labels: int,
+        teacher_predictions: Tensor | None = None,
+        warmup: int = 10,
+        repeats: int = 100,
+        threads: int = 1,
     ) -> None:
         self.sample, self.num_labels, self.teacher_predictions = sample, num_labels, teacher_predictions
         self.warmup, self.repeats, self.threads = warmup, repeats, threads
@@ -58,14 +64,20 @@ class Evaluation(pl.Callback):
         figures = {**metrics, **{k: v for k, v in self.result.items() if isinstance(v, int | float)}}
         figures |= {f"latency_{k}_ms": self.result["latency_ms"][k] for k in ("p50", "p90")}
         for logger in trainer.loggers:
-            logger.log_metrics({f"{module.stage}/{key}": float(value) for key, value in figures.items()}, step=trainer.global_step)
+            logger.log_metrics(
+                {f"{module.stage}/{key}": float(value) for key, value in figures.items()}, step=trainer.global_step
+            )
 
     def measure(self, module: DistillModule) -> dict[str, Any]:
-        """Params, MACs, FLOPs (2 × MACs), bytes, latency and throughput of the network at batch 1, on the module's device."""
+        """Params, MACs, FLOPs (2 × MACs), bytes, latency and throughput at batch 1, on the module's device."""
         network = module.student.eval()
         sample = {key: value.to(module.device) for key, value in self.sample.items()}
         latency = cost.latency(
-            lambda: network(sample), warmup=self.warmup, repeats=self.repeats, threads=self.threads, device=module.device
+            lambda: network(sample),
+            warmup=self.warmup,
+            repeats=self.repeats,
+            threads=self.threads,
+            device=module.device,
         )
         macs = cost.macs(network, sample)
         return {

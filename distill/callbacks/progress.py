@@ -6,7 +6,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 def stage_bar(console: Console) -> Progress:
@@ -35,11 +43,17 @@ class StageProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.bar.start()
-        self.task = self.bar.add_task(self.stage, total=int(trainer.estimated_stepping_batches), completed=trainer.global_step)
+        self.task = self.bar.add_task(
+            self.stage, total=int(trainer.estimated_stepping_batches), completed=trainer.global_step
+        )
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert self.task is not None
-        self.bar.update(self.task, completed=trainer.global_step, description=f"{self.stage} {trainer.current_epoch + 1}/{trainer.max_epochs}")
+        self.bar.update(
+            self.task,
+            completed=trainer.global_step,
+            description=f"{self.stage} {trainer.current_epoch + 1}/{trainer.max_epochs}",
+        )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loss = trainer.callback_metrics.get(f"{self.stage}/train_loss")
@@ -49,5 +63,16 @@ class StageProgress(pl.Callback):
         parts += [f"val accuracy {float(accuracy):.3f}"] if accuracy is not None else []
         self.console.print("  " + "  ".join(parts), highlight=False)
 
+    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task(f"{self.stage}: test", total=sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        assert self.task is not None
+        self.bar.advance(self.task)
+
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         self.bar.stop()

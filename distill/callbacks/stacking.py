@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 
 
-def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
@@ -24,33 +24,34 @@ def skip_above(layers: nn.ModuleList, active: int) -> None:
 
 
 class ProgressiveStacking(pl.Callback):
-    """Train only the first `schedule[e]` layers in epoch e; the ones above are identities until their turn comes.
+    """Train only the lower layers at first; the ones above are identities until their turn comes.
 
-    Layers that start as identities (zero-init residual) can be left out at first and put back later without a jump. Validation always
-    sees the whole network. After Gong et al., "Efficient Training of BERT by Progressively Stacking" (ICML 2019), which copies the
+    Layers that start as identities (zero-init residual) can be left out at first and put back later without a jump. Validation sees the
+    layers that are active then, so only the last epoch tells of the whole network. After Gong et al., "Efficient Training of BERT by Progressively Stacking" (ICML 2019), which copies the
     lower layers into the new ones; here the new ones start as identities.
 
     Args:
         layers: the transformer layers, bottom first.
-        schedule: number of layers in each epoch; the last one must be all of them.
+        schedule: (share, number) pairs: from this share of all steps on, this many layers. The first share is 0, shares rise, and the
+            last number is all of them.
 
     Raises:
-        UserError: a number out of range, or not all layers in the end.
+        UserError: a schedule that is none of that.
     """
 
-    def __init__(self, layers: nn.ModuleList, schedule: Sequence[int], epochs: int) -> None:
-        if len(schedule) != epochs or schedule[-1] != len(layers) or not all(1 <= n <= len(layers) for n in schedule):
+    def __init__(self, layers: nn.ModuleList, schedule: Sequence[tuple[float, int]]) -> None:
+        shares, numbers = [share for share, _ in schedule], [number for _, number in schedule]
+        rising = shares == sorted(set(shares)) and shares[:1] == [0] and shares[-1] < 1
+        if not rising or numbers[-1] != len(layers) or not all(1 <= number <= len(layers) for number in numbers):
             raise UserError(
-                f"stacking={list(schedule)}: needs {epochs} numbers (one an epoch) from 1 to {len(layers)}, the last one "
-                f"{len(layers)}; null trains all layers always"
+                f"stacking={[list(pair) for pair in schedule]}: needs [share of the steps, layers] pairs with rising shares from 0 to "
+                f"below 1, and {len(layers)} layers in the last one; null trains all layers always"
             )
         self.layers, self.schedule = layers, list(schedule)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        skip_above(self.layers, self.schedule[trainer.current_epoch])
-
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        skip_above(self.layers, len(self.layers))
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        done = trainer.global_step / trainer.estimated_stepping_batches
+        skip_above(self.layers, [number for share, number in self.schedule if share <= done][-1])
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         skip_above(self.layers, len(self.layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,16 +62,32 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         tokens: N lists of ids, special tokens included.
         labels: [N] int64.
         pad: id of the padding token.
+        retokenise: index and random stream -> another list of ids for the same example, for augmentation; None leaves them as they are.
+        sampler: tells seed and epoch of the random streams.
     """
 
-    def __init__(self, tokens: Sequence[Sequence[int]], labels: Tensor, pad: int) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[Sequence[int]],
+        labels: Tensor,
+        pad: int,
+        retokenise: Callable[[int, random.Random], Sequence[int]] | None = None,
+        sampler: EpochSampler | None = None,
+    ) -> None:
         self.tokens, self.labels, self.pad = tokens, labels, pad
+        self.retokenise, self.sampler = retokenise, sampler
+
+    def row(self, i: int) -> Sequence[int]:
+        """Ids of example i; with augmentation a pure function of (seed, epoch, i)."""
+        if self.retokenise is None or self.sampler is None:
+            return self.tokens[i]
+        return self.retokenise(i, random.Random(f"{self.sampler.seed} {self.sampler.epoch} {i}"))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        rows = [self.tokens[i] for i in indices]
+        rows = [self.row(i) for i in indices]
         width = max(map(len, rows))
         index = torch.tensor(indices)
         return {
@@ -83,7 +99,12 @@ class TextSplit(Dataset[dict[str, Tensor]]):
 
 
 def text_loader(
-    split: TextSplit, *, batch_size: int, shuffle: bool = False, seed: int = 0
+    split: TextSplit,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    retokenise: Callable[[int, random.Random], Sequence[int]] | None = None,
+    seed: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
     """Batches of `input_ids`, `attention_mask` [B, L], `labels` [B] and `index` [B], the place in the split; see `BucketBatches`.
 
@@ -94,7 +115,8 @@ def text_loader(
         raise UserError(f"batch_size={batch_size}: a batch needs at least one example; give a positive integer")
     sampler = EpochSampler(len(split), shuffle=shuffle, seed=seed)
     batches = BucketBatches([len(row) for row in split.tokens], sampler, batch_size)
-    return DataLoader(split, batch_sampler=batches, collate_fn=_as_is, generator=torch.Generator())
+    examples = TextSplit(split.tokens, split.labels, split.pad, retokenise, sampler)
+    return DataLoader(examples, batch_sampler=batches, collate_fn=_as_is, generator=torch.Generator())
 
 
 def _as_is(batch: Any) -> Any:

@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from babel import Locale
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from distill import fingerprint
 from distill.data.base import TextData
 from distill.data.batches import TextSplit, text_loader
-from distill.data.wordpiece import load_tokenizer, train_wordpiece
+from distill.data.wordpiece import PieceDropout, load_tokenizer, train_wordpiece
 from distill.errors import UserError
 
 LANGUAGES = [
@@ -74,6 +73,7 @@ class Cldr(TextData):
         pieces: size of the WordPiece vocabulary trained on the training split (the alphabet is always kept).
         max_length: phrases are cut to this many tokens, `[CLS]` and `[SEP]` included.
         tokenizer: folder of a tokenizer to use instead, as a pretrained teacher needs; `pieces` is then unused.
+        piece_dropout: of the augmentation, which cuts a phrase into other pieces; see `wordpiece.PieceDropout`.
         seed: of the split. The default is the split that all results use.
         limit: at most this many examples a split, balanced over the classes; None for all.
 
@@ -90,6 +90,7 @@ class Cldr(TextData):
         pieces: int = 1200,
         max_length: int = 24,
         tokenizer: str | None = None,
+        piece_dropout: float = 0.2,
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
@@ -98,6 +99,8 @@ class Cldr(TextData):
         check("pieces", pieces, 100)
         check("max_length", max_length, 4, 512)
         check("limit", limit, 1)
+        if not 0 <= piece_dropout < 1:
+            raise UserError(f"piece_dropout={piece_dropout}: out of range; give a number from 0 to below 1")
         codes = LANGUAGES[:languages]
         self.label_names = [Locale.parse("en").languages[code] for code in codes]
         self.max_length = max_length
@@ -109,6 +112,7 @@ class Cldr(TextData):
             self.tokenizer = train_wordpiece([phrase for phrase, _ in rows["train"]], pieces, max_length)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
+        self._cut = PieceDropout(self.tokenizer, piece_dropout, max_length)
         self.phrases = {split: [phrase for phrase, _ in balanced(rows[split], limit)] for split in SHARES}
         self._splits = {split: self._tokenise(balanced(rows[split], limit)) for split in SHARES}
         self.sizes = {split: len(part) for split, part in self._splits.items()}
@@ -127,14 +131,12 @@ class Cldr(TextData):
     def loader(
         self, split: str, *, batch_size: int, shuffle: bool = False, augment: bool = False, seed: int = 0
     ) -> DataLoader[dict[str, Tensor]]:
-        """See `text_loader`. There is no augmentation for text; `augment` changes nothing."""
+        """See `text_loader`; `augment` cuts the phrases anew in every epoch."""
         if split not in SHARES:
             raise UserError(f"split={split!r}: no such split; choose one of {', '.join(SHARES)}")
-        return text_loader(self._splits[split], batch_size=batch_size, shuffle=shuffle, seed=seed)
-
-    def save_preprocessing(self, folder: str | Path) -> None:
-        """Write the tokenizer's files."""
-        self.tokenizer.save_pretrained(folder)
+        phrases = self.phrases[split]
+        retokenise = (lambda i, random: self._cut(phrases[i], random)) if augment else None
+        return text_loader(self._splits[split], batch_size=batch_size, shuffle=shuffle, retokenise=retokenise, seed=seed)
 
 
 def check(name: str, value: int | None, lowest: int, highest: int | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,49 @@ def train_wordpiece(phrases: Sequence[str], pieces: int, max_length: int) -> Ber
     return BertTokenizer(
         vocab=tokenizer.get_vocab(), do_lower_case=False, strip_accents=False, model_max_length=max_length
     )
+
+
+class PieceDropout:
+    """Random segmentations of a phrase: the same text in other, mostly shorter pieces, as augmentation.
+
+    WordPiece takes the longest piece that matches. Here each match of more than one character is passed over with probability `rate`, so
+    that the next shorter one is tried. With rate 0 the result is the tokenizer's own.
+
+    Source: Hiraoka, "MaxMatch-Dropout: Subword Regularization for WordPiece" (COLING 2022).
+
+    Args:
+        tokenizer: a WordPiece tokenizer in BERT's format.
+        rate: in [0, 1).
+        max_length: of the result, special tokens included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rate: float, max_length: int) -> None:
+        self.rate, self.max_length = rate, max_length
+        self.vocab = tokenizer.get_vocab()
+        self.longest = max(map(len, self.vocab))
+        self.normalise = tokenizer.backend_tokenizer.normalizer.normalize_str
+        self.words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+        self.start, self.end, self.unknown = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id
+
+    def __call__(self, phrase: str, random: Random) -> list[int]:
+        """Ids of a phrase, `[CLS]` and `[SEP]` included."""
+        ids = [piece for word, _ in self.words(self.normalise(phrase)) for piece in self._pieces(word, random)]
+        return [self.start, *ids[: self.max_length - 2], self.end]
+
+    def _pieces(self, word: str, random: Random) -> list[int]:
+        pieces: list[int] = []
+        begin = 0
+        while begin < len(word):
+            prefix = "##" if begin else ""
+            for end in range(min(len(word), begin + self.longest), begin, -1):
+                piece = self.vocab.get(prefix + word[begin:end])
+                if piece is not None and (end == begin + 1 or random.random() >= self.rate):
+                    break
+            else:
+                return [self.unknown]
+            pieces.append(piece)
+            begin = end
+        return pieces
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

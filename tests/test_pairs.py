@@ -1,0 +1,97 @@
+"""Every pair in `conf/pair`, through the whole job."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+from distill import fingerprint, report
+from distill.app import CONF
+from distill.exported import load_network
+from distill.run import run
+
+PAIRS = sorted(path.stem for path in (CONF / "pair").glob("*.yaml"))
+FIRST = {pair.rpartition("_")[0]: pair for pair in reversed(PAIRS)}
+"""One pair for each teacher; the others are slow tests."""
+
+
+def overrides(pair: str) -> list[str]:
+    model, _, student = pair.rpartition("_")
+    return [f"model={model}", f"student={student}", "trainer=smoke"]
+
+
+@pytest.fixture(scope="session")
+def smoke(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run folder of a smoke run of a pair; each pair runs once a session."""
+    done: dict[str, Path] = {}
+
+    def folder(pair: str) -> Path:
+        if pair not in done:
+            done[pair] = tmp_path_factory.mktemp(pair)
+            run(compose(*overrides(pair)), done[pair], name=pair, command="python train.py " + " ".join(overrides(pair)))
+        return done[pair]
+
+    return folder
+
+
+each_pair = pytest.mark.parametrize(
+    "pair", [pytest.param(pair, marks=[] if pair in FIRST.values() else [pytest.mark.slow]) for pair in PAIRS]
+)
+
+
+@each_pair
+def test_the_run_folder_is_complete(pair: str, smoke: Callable[[str], Path]) -> None:
+    folder = smoke(pair)
+    document = json.loads((folder / "report.json").read_text())
+    report.validate(document)
+    assert document["run"]["smoke"] is True
+    assert document["run"]["name"] == pair
+    assert document["baseline"] is not None
+    assert all(seconds > 0 for seconds in document["run"]["seconds"].values())
+    assert document["teacher"]["params"] > document["student"]["params"] == document["baseline"]["params"]
+    assert document["loss"] == {
+        "ce": {"weight": document["loss"]["ce"]["weight"], "label_smoothing": 0.0},
+        "logits": {
+            "weight": document["loss"]["logits"]["weight"],
+            "temperature": document["loss"]["logits"]["temperature"],
+        },
+    }
+    for name in ("config.yaml", "metrics.csv", "report.md", "curves.png", "tradeoff.png"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("best.ckpt", "last.ckpt", "baseline/best.ckpt"):
+        assert (folder / "checkpoints" / name).is_file(), name
+    assert not (folder / "checkpoints" / "teacher").exists()
+    assert list(folder.glob("wandb/offline-run-*/*.wandb")), "no offline W&B run"
+
+
+@each_pair
+def test_the_export_is_the_student_and_nothing_else(pair: str, smoke: Callable[[str], Path]) -> None:
+    folder = smoke(pair)
+    document = json.loads((folder / "report.json").read_text())
+    assert {entry["format"] for entry in document["exports"]} >= {"onnx"}
+    for entry in document["exports"]:
+        assert (folder / entry["path"]).exists()
+        assert entry["max_abs_diff"] <= 1e-3
+        assert entry["metrics"]["accuracy"] == document["student"]["metrics"]["accuracy"]
+    network = load_network(folder / "export")
+    assert sum(p.numel() for p in network.parameters()) == document["student"]["params"]
+    assert set(load_file(folder / "export" / "model.safetensors")) <= set(network.state_dict())
+    assert fingerprint.of_weights(network) == document["student"]["digest"]
+    session = onnxruntime.InferenceSession(str(folder / "export" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+
+
+@each_pair
+def test_the_checkpoint_holds_no_teacher(pair: str, smoke: Callable[[str], Path]) -> None:
+    checkpoint = torch.load(smoke(pair) / "checkpoints" / "best.ckpt", weights_only=True)
+    document = json.loads((smoke(pair) / "report.json").read_text())
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student"}
+    moments = [m for s in checkpoint["optimizer_states"] for p in s["state"].values() for m in p.values() if m.ndim]
+    assert sum(m.numel() for m in moments) == 2 * document["student"]["params"]
+    assert checkpoint["distill"]["config"]["seed"] == 0
+    assert len(checkpoint["distill"]["teacher"]) == 64
