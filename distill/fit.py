@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
@@ -49,14 +49,15 @@ class Schedule:
     augment: bool
 
     def __post_init__(self) -> None:
-        for name, kind, fits, want in (
+        ranges: tuple[tuple[str, type, Callable[[Any], bool], str], ...] = (
             ("epochs", int, lambda v: v >= 1, "a whole number >= 1"),
             ("batch_size", int, lambda v: v >= 1, "a whole number >= 1"),
             ("lr", float, lambda v: v > 0, "a number > 0"),
             ("weight_decay", float, lambda v: v >= 0, "a number >= 0"),
             ("warmup", float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
             ("clip", float, lambda v: v >= 0, "a number >= 0"),
-        ):
+        )
+        for name, kind, fits, want in ranges:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, kind)) or not fits(value):
                 raise UserError(f"{name}={value}: must be {want}")
@@ -106,7 +107,7 @@ def check_trainer(arguments: dict[str, Any]) -> None:
 
 
 class LatestBest(ModelCheckpoint):
-    """Of epochs with equal scores the latest is kept: on a small validation split ties are common, and later has learnt more."""
+    """Keeps the latest of epochs with equal scores: on a small split ties are common, and the later has learnt more."""
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         tie = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
@@ -138,8 +139,8 @@ def fit(
     options = asdict(schedule)
     epochs, batch_size, clip, augment = (options.pop(key) for key in ("epochs", "batch_size", "clip", "augment"))
     module = DistillModule(network, loss, teacher=teacher, stage=stage, num_labels=len(data.label_names), **options)
-    saved = {"save_weights_only": weights_only, "enable_version_counter": False}
-    choice = {"monitor": f"{stage}/val_accuracy", "mode": "max"} if keep == "best" else {}
+    saved: dict[str, Any] = {"save_weights_only": weights_only, "enable_version_counter": False}
+    choice: dict[str, Any] = {"monitor": f"{stage}/val_accuracy", "mode": "max"} if keep == "best" else {}
     best = LatestBest(checkpoints, filename="best", **choice, **saved)
     # A callback of its own: with `save_last` Lightning saves only the epochs that are the best so far.
     last = [] if weights_only else [ModelCheckpoint(checkpoints, filename="last", **saved)]

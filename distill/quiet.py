@@ -14,7 +14,7 @@ def quiet() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "torch.onnx", "onnxscript", "onnx_ir", "timm"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for module in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         warnings.filterwarnings("ignore", module=module)

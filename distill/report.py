@@ -160,6 +160,9 @@ def _results(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ms = network["latency_ms"]
         return f"{ms['batch']} / {ms['threads']} / {ms['device']}"
 
+    def throughput(network: dict[str, Any]) -> str:
+        return f"{network['throughput']:.1f}" if "throughput" in network else "–"
+
     r = report["ratios"]
     metrics = {name for network in networks if network for name in network["metrics"]} - {"accuracy", "agreement"}
 
@@ -170,14 +173,15 @@ def _results(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row("network", lambda network: str(network["name"])),
         row("weights", lambda network: str(network["weights"])),
         row("test accuracy", score("accuracy")),
-        row("agreement with the teacher", score("agreement")),
+        row("agreement", score("agreement")),
         *[row(f"test {name}", score(name)) for name in sorted(metrics)],
         row("parameters", lambda network: count(network["params"]), times(r["params"])),
         row("MACs (batch 1)", lambda network: count(network["macs"]), times(r["macs"])),
         row("FLOPs (2 × MACs)", lambda network: count(network["flops"]), times(r["macs"])),
         row("weights, MB", lambda network: f"{network['bytes'] / 1e6:.2f}", times(r["bytes"])),
         row("latency p50 / p90, ms", latency, times(r["latency_p50"])),
-        row("latency: batch / threads / device", conditions),
+        row("throughput, 1/s", throughput),
+        row("batch / threads / device", conditions),
     ]
 
 
@@ -233,7 +237,7 @@ def to_markdown(report: dict[str, Any], plots: list[str] | None = None) -> str:
         markdown_table(["", "value"], facts),
         "## Run it again",
         f"```\n{run['command']}\n```",
-        f"Started {run['started']}. Digest of the student's weights: `{student['digest']}`.",
+        f"Started {run['started']}. sha256 over the student's weights: `{student['digest']}`.",
     ]
     return "\n\n".join(sections) + "\n"
 

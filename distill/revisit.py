@@ -58,7 +58,7 @@ def export(run: Path, to: Path | None = None) -> tuple[Path, dict[str, float]]:
         load_weights(student, path, "student.")
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: cannot be loaded ({one_line(error)}); train again") from error
-    if document is not None and fingerprint.of_weights(student.backbone) != document["student"]["digest"]:
+    if document is not None and fingerprint.of_tensors(student.backbone.state_dict()) != document["student"]["digest"]:
         raise UserError(
             f"{path}: is not the student of report.json (its digest differs); use the checkpoint of that run"
         )

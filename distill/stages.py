@@ -92,7 +92,7 @@ def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
 
 
 def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
-    """The teacher as it is before anything is trained here, and where the store keeps it once it is; None if it needs no training."""
+    """The teacher before any training here, and where the store keeps it once trained; None if it needs no training."""
     cfg = job.cfg.teacher
     pl.seed_everything(job.settings.seed, verbose=False)
     network = build(cfg.network, Tapped, weights=teacher_source(cfg), **job.data.network_facts)

@@ -49,10 +49,18 @@ def bert(
     """
     if hidden_size % heads:
         raise UserError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
-    shape = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    sizes = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "num_labels": num_labels}
-    config = BertConfig(**shape, **rates, **sizes, intermediate_size=intermediate_size)
+    options: dict[str, Any] = {
+        "num_labels": num_labels,
+        "vocab_size": vocab_size,
+        "pad_token_id": pad_token_id,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate_size,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    config = BertConfig(**options)
     backbone: Any = BertForSequenceClassification(config)
     if zero_init_residual:
         for layer in backbone.bert.encoder.layer:

@@ -49,7 +49,8 @@ def test_a_student_has_the_shape_it_was_asked_for() -> None:
     network.watch(network.places)
     features = network.eval()(BATCH)
     assert features.logits.shape == (2, 5)
-    assert {name: tuple(value.shape) for name, value in features.hidden.items()} == dict.fromkeys(("embeddings", "layer1", "layer2", "layer3"), (2, 4, 24))
+    assert list(features.hidden) == ["embeddings", "layer1", "layer2", "layer3"]
+    assert {tuple(value.shape) for value in features.hidden.values()} == {(2, 4, 24)}
     assert not network.head_loaded
 
 

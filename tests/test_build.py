@@ -29,11 +29,11 @@ def node(**content: Any) -> DictConfig:
     return OmegaConf.create(content)
 
 
-def annotated(weight: float, more: float = 1.0, *args: Any, **kwargs: Any) -> CrossEntropy:
+def annotated(weight: float, more: float = 1.0, *_: Any, **__: Any) -> CrossEntropy:
     return CrossEntropy(weight + more)
 
 
-def bare(weight):  # type: ignore
+def bare(_):  # type: ignore
     raise AssertionError("called")
 
 

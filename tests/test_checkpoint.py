@@ -36,7 +36,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
-    def full(checkpoint: Any, file: Any) -> None:
+    def full(_: Any, file: Any) -> None:
         file.write(b"half of it")
         file.flush()
         raise OSError(errno.ENOSPC, "No space left on device")

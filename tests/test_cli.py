@@ -69,7 +69,7 @@ def original(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPa
     torch.save({"state_dict": state, "distill": facts}, run / "checkpoints" / "best.ckpt")
     report = json.loads(json.dumps(REPORT))
     report["data"]["fingerprint"] = job.data.fingerprint
-    report["student"]["digest"] = fingerprint.of_weights(student.backbone)
+    report["student"]["digest"] = fingerprint.of_tensors(student.backbone.state_dict())
     differences = stages.write_export(job, student, report, run / "export")
     loader = job.data.loader("test", batch_size=7)
     report["exports"] = measure(run / "export", differences, loader, job.data.sample(), warmup=0, repeats=1)
@@ -255,6 +255,15 @@ def test_evaluate_finds_what_the_report_says(run: Path, capsys: pytest.CaptureFi
     shown = answered(capsys, "evaluate", run)
     assert f"{found['exports'][0]['accuracy']:.4f}" in shown
     assert "export/model.onnx" in shown
+
+
+def test_answers_come_in_the_order_of_the_examples() -> None:
+    loader = [
+        {"labels": torch.tensor(labels), "index": torch.tensor(index)}
+        for labels, index in (([3, 0], [2, 0]), ([1], [1]))
+    ]
+    said, labels = answers(lambda batch: torch.nn.functional.one_hot(batch["labels"], 4), loader)
+    assert said.tolist() == labels.tolist() == [0, 1, 3]
 
 
 def test_evaluate_says_where_the_report_is_not_true(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

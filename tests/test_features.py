@@ -78,7 +78,7 @@ def test_what_a_direct_call_of_the_backbone_captured_does_not_leak_into_the_next
     network.watch(["out"])
     network.backbone(PIXELS["pixels"])
     seen = []
-    network.logits = lambda batch: seen.append(dict(network._captured)) or torch.zeros(2, 3)  # type: ignore
+    network.logits = lambda _: seen.append(dict(network._captured)) or torch.zeros(2, 3)  # type: ignore
     network(PIXELS)
     assert seen == [{}]
 

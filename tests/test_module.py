@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from distill import fingerprint
 from distill.cache import teacher_logits
+from distill.errors import UserError
 from distill.fit import Schedule, fit
 from distill.losses import CrossEntropy, LogitsKL, LossSum
 from distill.module import DistillModule, parameter_groups, warmup_cosine
@@ -84,10 +86,11 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path, clip: float |
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=2e-6)
 
 
-def digest(folder: Path, family: str, seed: int) -> str:
+def digest(folder: Path, family: str, seed: int, drawn_before: int = 0) -> str:
     network, data = (bert(), Text()) if family == "bert" else (cnn("mobilenetv3_small_050"), Images())
     options = settings(folder)
     object.__setattr__(options, "seed", seed)
+    torch.rand(drawn_before)
     teacher = CachedLogits(torch.randn(24, 3, generator=torch.Generator().manual_seed(3)))
     fit(network, loss(), data, schedule(augment=True), options, stage="student", teacher=teacher, checkpoints=folder)
     return fingerprint.of_weights(network)
@@ -96,8 +99,7 @@ def digest(folder: Path, family: str, seed: int) -> str:
 @pytest.mark.parametrize("family", ["bert", "mobilenet"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(family: str, tmp_path: Path) -> None:
     first = digest(tmp_path / "a", family, 0)
-    torch.rand(7)
-    assert digest(tmp_path / "b", family, 0) == first
+    assert digest(tmp_path / "b", family, 0, drawn_before=7) == first
     assert digest(tmp_path / "c", family, 1) != first
 
 
@@ -157,30 +159,42 @@ def test_mixed_precision_trains_with_clipping(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_the_best_epoch_is_kept_and_the_last_one_is_saved_too(tmp_path: Path) -> None:
-    class Spoil(pl.Callback):
+@pytest.mark.parametrize(("keep", "second", "kept"), [("best", 1, 0), ("best", 0, 1), ("last", 1, 1)])
+def test_the_latest_of_the_best_epochs_is_kept_unless_the_last_one_is_wanted(
+    keep: str, second: int, kept: int, tmp_path: Path
+) -> None:
+    """Every validation label is 0. The first epoch always says 0, the second one too, or always 1."""
+
+    class Say(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
             with torch.no_grad():
-                module.student.backbone[1].weight.fill_(7.0 if trainer.current_epoch else 0.0)  # type: ignore
-                module.student.backbone[1].bias.zero_()  # type: ignore
-            accuracies.append(trainer.callback_metrics.get("student/val_accuracy"))
+                layer.weight.zero_()
+                layer.bias.copy_(torch.eye(3)[second] * 20 if trainer.current_epoch else torch.eye(3)[0] * 10)
 
-    accuracies: list[Any] = []
-    network = Linear()
+    network, data = Linear(), Images(size=2)
+    layer: Any = network.backbone.get_submodule("1")
+    data.splits["val"] = (data.splits["val"][0], torch.zeros(6, dtype=torch.long))
     module = fit(
-        network, LossSum({"ce": CrossEntropy()}), Images(train=64, size=2), schedule(epochs=2, lr=1e-5),
-        settings(tmp_path), stage="student", callbacks=[Spoil()], checkpoints=tmp_path,
+        network, LossSum({"ce": CrossEntropy()}), data, schedule(epochs=2, lr=1e-5), settings(tmp_path),
+        stage="student", callbacks=[Say()], checkpoints=tmp_path, keep=keep,
     )  # fmt: skip
     best, last = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
     assert module.student is network
-    assert (best["epoch"], last["epoch"]) == (0, 1)
-    assert network.backbone[1].weight.abs().max() < 1  # type: ignore
+    assert (best["epoch"], last["epoch"]) == (kept, 1)
+    assert layer.bias.max().item() == pytest.approx([10, 20][kept], abs=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
-def test_ctrl_c_stays_ctrl_c(tmp_path: Path) -> None:
-    import signal
+def test_weights_only_leaves_no_optimiser_and_no_last(tmp_path: Path) -> None:
+    fit(
+        Linear(), LossSum({"ce": CrossEntropy()}), Images(size=2), schedule(), settings(tmp_path),
+        stage="teacher", checkpoints=tmp_path, weights_only=True,
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+    assert "optimizer_states" not in torch.load(tmp_path / "best.ckpt", weights_only=True)
 
+
+def test_ctrl_c_stays_ctrl_c(tmp_path: Path) -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
             raise KeyboardInterrupt
@@ -202,8 +216,6 @@ def test_ctrl_c_stays_ctrl_c(tmp_path: Path) -> None:
      {"weight_decay": None}, {"augment": "yes"}],
 )  # fmt: skip
 def test_a_schedule_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    from distill.errors import UserError
-
     name, value = next(iter(wrong.items()))
     with pytest.raises(UserError, match=f"{name}={value}: must be"):
         schedule(**wrong)

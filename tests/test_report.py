@@ -162,7 +162,7 @@ def test_markdown_holds_what_a_reader_needs(report, tmp_path):
     assert "![curves](curves.png)" in lines
     assert "| MACs (batch 1) | 1G | 50M | 50M | 20.0× |" in lines
     assert "| FLOPs (2 × MACs) | 2G | 100M | 100M | 20.0× |" in lines
-    assert "| latency: batch / threads / device | 1 / 1 / cpu | 1 / 1 / cpu | 1 / 1 / cpu |  |" in lines
+    assert "| batch / threads / device | 1 / 1 / cpu | 1 / 1 / cpu | 1 / 1 / cpu |  |" in lines
     assert "| network | a\\|b | bert_tiny | bert_tiny |  |" in lines
     assert "| onnx-int8 | `export/model.int8.onnx` | 10.10 | – | – | – | – |" in lines
     assert "| **total** | 520.0 |" in lines

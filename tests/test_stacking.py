@@ -29,7 +29,7 @@ def plain(network: TappedText) -> bool:
 
 
 class Watch(pl.Callback):
-    """Which layers get gradients in each epoch, and which ones run in validation."""
+    """Which layers get gradients in each step, and whether validation skips any."""
 
     def __init__(self, network: TappedText) -> None:
         self.network = network
@@ -43,25 +43,29 @@ class Watch(pl.Callback):
         self.skipped.append(not plain(self.network))
 
 
-def run(network: TappedText, folder: Path, *more: pl.Callback, stacking: list[int]) -> None:
-    callbacks = [ProgressiveStacking(layers(network), stacking, len(stacking)), *more]
+def run(network: TappedText, folder: Path, *more: pl.Callback, stacking: list[tuple[float, int]], epochs: int) -> None:
+    callbacks = [ProgressiveStacking(layers(network), stacking), *more]
     fit(
-        network, LossSum({"ce": CrossEntropy()}), Text(train=8), schedule(epochs=len(stacking)), settings(folder),
-        stage="teacher", callbacks=callbacks, checkpoints=folder,
+        network, LossSum({"ce": CrossEntropy()}), Text(train=8), schedule(epochs=epochs, batch_size=4),
+        settings(folder), stage="teacher", callbacks=callbacks, checkpoints=folder,
     )  # fmt: skip
 
 
-def test_layers_train_when_their_turn_comes_and_validation_sees_all(tmp_path: Path) -> None:
+def test_layers_train_when_their_turn_comes(tmp_path: Path) -> None:
     network = bert(4)
     watch = Watch(network)
-    before = [layer.output.dense.weight.clone() for layer in layers(network)]  # type: ignore
-    run(network, tmp_path, watch, stacking=[1, 2, 4])
-    assert watch.trained == [[True, False, False, False], [True, True, False, False], [True] * 4]
-    assert watch.skipped == [False] * 3
+    run(network, tmp_path, watch, stacking=[(0, 1), (0.2, 2), (0.75, 4)], epochs=4)
+    assert [sum(step) for step in watch.trained] == [1, 1, 2, 2, 2, 2, 4, 4]
+    assert all(step == sorted(step, reverse=True) for step in watch.trained)
+    assert watch.skipped == [True, True, True, False]
+
+
+def test_nothing_remains_after_training(tmp_path: Path) -> None:
+    network = bert(3)
+    run(network, tmp_path, stacking=[(0, 1), (0.5, 3)], epochs=2)
     assert plain(network)
-    first = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert first.keys() == {f"student.{name}" for name in network.state_dict()}
-    assert len(before) == 4
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == {f"student.{name}" for name in network.state_dict()}
 
 
 def test_layers_that_are_left_out_keep_their_weights(tmp_path: Path) -> None:
@@ -73,7 +77,7 @@ def test_layers_that_are_left_out_keep_their_weights(tmp_path: Path) -> None:
             seen.append(torch.stack([layer.output.dense.weight.detach().clone() for layer in layers(network)]))  # type: ignore
 
     start = torch.stack([layer.output.dense.weight.detach().clone() for layer in layers(network)])  # type: ignore
-    run(network, tmp_path, Copy(), stacking=[1, 3])
+    run(network, tmp_path, Copy(), stacking=[(0, 1), (0.5, 3)], epochs=2)
     assert [torch.equal(a, b) for a, b in zip(start, seen[0], strict=True)] == [False, True, True]
     assert not any(torch.equal(a, b) for a, b in zip(start, seen[1], strict=True))
 
@@ -86,16 +90,33 @@ def test_nothing_remains_after_an_exception_in_training(tmp_path: Path) -> None:
 
     network = bert(3)
     with pytest.raises(RuntimeError, match="in training"):
-        run(network, tmp_path, Fail(), stacking=[1, 3])
+        run(network, tmp_path, Fail(), stacking=[(0, 1), (0.5, 3)], epochs=1)
     assert plain(network)
 
 
-@pytest.mark.parametrize(
-    "stacking", [[1, 2], [1, 2, 2, 3], [1, 2, 4], [0, 2, 3], [-1, 2, 3], [1, 2, 2], [1.5, 2, 3], [None, 2, 3]]
-)
-def test_a_schedule_that_does_not_end_with_all_layers_is_refused(stacking: list[Any]) -> None:
-    with pytest.raises(UserError, match="stacking=.* needs 3 numbers"):
-        ProgressiveStacking(layers(bert(3)), stacking, 3)
+def test_nothing_remains_when_training_stops_early(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = True
+
+    network = bert(3)
+    watch = Watch(network)
+    run(network, tmp_path, Stop(), watch, stacking=[(0, 1), (0.75, 3)], epochs=2)
+    assert watch.skipped == [True]
+    assert plain(network)
+
+
+WRONG: list[Any] = [
+    [], [2, 2, 3], 3, [[0, 1]], [[0, 1], [0.5, 2]], [[0, 1], [0.5, 4]], [[0, 0], [0.5, 3]], [[0, 1.5], [0.5, 3]],
+    [[0.1, 1], [0.5, 3]], [[0, 1], [1, 3]], [[0, 1], [0.6, 2], [0.5, 3]], [[0, 1], [0, 3]], [[0, 1], ["x", 3]],
+    [[0, 1], [0.5, None]], [[0, 1, 2], [0.5, 3, 3]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stacking", WRONG, ids=str)
+def test_a_schedule_that_makes_no_sense_is_refused(stacking: Any) -> None:
+    with pytest.raises(UserError, match=r"stacking=.*: needs \[share of the steps, layers\] pairs"):
+        ProgressiveStacking(layers(bert(3)), stacking)
 
 
 def test_skipping_leaves_the_lower_layers_as_they_are_and_is_undone() -> None:

@@ -102,13 +102,13 @@ def test_the_first_stays_also_when_it_appears_during_the_save(tmp_path: Path, mo
         return real(network)
 
     monkeypatch.setattr(fingerprint, "of_weights", slow)
-    monkeypatch.setattr(Path, "exists", lambda self, **_: False)
+    monkeypatch.setattr(Path, "exists", lambda *_, **__: False)
     store.save_teacher(folder, Linear(seed=2), {"name": "two"})
     assert store.load_teacher(folder, Linear())["name"] == "one"
     assert files(tmp_path) == ["abc/model.safetensors", "abc/record.json"]
 
 
-def failing(tensors: Any, path: Path, **_: Any) -> None:
+def failing(_: Any, path: Path, **__: Any) -> None:
     Path(path).write_bytes(b"half")
     raise OSError("No space left on device")
 
@@ -123,7 +123,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_failed_rename_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, target: Path) -> None:
+    def refuse(*_: Path) -> None:
         raise PermissionError("not here")
 
     monkeypatch.setattr(Path, "rename", refuse)

@@ -119,7 +119,7 @@ def test_the_optimiser_holds_the_student_only(fitted: Fitted) -> None:
     assert sorted(held) == sorted(id(parameter) for parameter in fitted.student.parameters())
 
 
-def unanswering(batch: Batch) -> Features:
+def unanswering(_: Batch) -> Features:
     raise AssertionError("the teacher was asked")
 
 

@@ -111,7 +111,7 @@ class Cldr(TextData):
         if tokenizer is None:
             self.tokenizer = train_wordpiece([phrase for phrase, _ in rows["train"]], pieces, max_length)
         else:
-            self.tokenizer = load_tokenizer(tokenizer)
+            self.tokenizer = load_tokenizer(tokenizer, max_length)
         self._cut = PieceDropout(self.tokenizer, piece_dropout, max_length)
         self.phrases = {split: [phrase for phrase, _ in balanced(rows[split], limit)] for split in SHARES}
         self._splits = {split: self._tokenise(balanced(rows[split], limit)) for split in SHARES}
@@ -124,9 +124,9 @@ class Cldr(TextData):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over tokens, labels, order and phrases of every split, the class names and the vocabulary."""
+        """sha256 (hex) over tokens, labels, order and phrases of every split, class names, vocabulary and augmentation."""
         splits = {s: [self.phrases[s], part.tokens, part.labels.tolist()] for s, part in self._splits.items()}
-        return fingerprint.of_values([splits, self.label_names, self.tokenizer.get_vocab()])
+        return fingerprint.of_values([splits, self.label_names, self.tokenizer.get_vocab(), self._cut.rate])
 
     def loader(
         self, split: str, *, batch_size: int, shuffle: bool = False, augment: bool = False, seed: int = 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from random import Random
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from distill.errors import UserError
+from distill.errors import UserError, one_line
+from distill.hub import patient_only_if_reachable
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -77,14 +80,16 @@ class PieceDropout:
         return pieces
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`.
+def load_tokenizer(source: str, max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a name on the hub, set to cut at `max_length` tokens.
 
     Raises:
         UserError: there is none.
     """
+    here = Path(source).expanduser()
+    name = str(here) if here.exists() else source
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with nullcontext() if here.exists() else patient_only_if_reachable():
+            return AutoTokenizer.from_pretrained(name, model_max_length=max_length)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"tokenizer={folder!r}: cannot be loaded ({reason}); give a folder that holds one") from error
+        raise UserError(f"tokenizer={source!r}: cannot be loaded ({one_line(error)}); give a folder that holds one") from error
