@@ -61,9 +61,9 @@ def keys(cfg: Any, prefix: str = "") -> Iterator[str]:
     """Dotted paths of every key of a config, inner ones included."""
     if isinstance(cfg, DictConfig):
         for key in cfg:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key!s}"
             if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
-                yield from keys(cfg._get_node(key), f"{prefix}{key}.")
+                yield from keys(cfg._get_node(key), f"{prefix}{key!s}.")
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -72,7 +72,9 @@ def unknown_key(key: str, known: list[str]) -> str:
     while place and place not in known:
         place = place.rpartition(".")[0]
     here = [name for name in known if name.rpartition(".")[0] == place] or [name for name in known if "." not in name]
-    close = difflib.get_close_matches(key, here, n=1, cutoff=0.7) or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(key, here, n=1, cutoff=0.7) or difflib.get_close_matches(
+        key, known, n=1, cutoff=0.8
+    )
     guess = f"did you mean {close[0]}? " if close else ""
     return f"no key {key!r}: {guess}known there: {', '.join(here)}"
 
@@ -112,7 +114,9 @@ def explain(error: Exception, argv: list[str]) -> str:
     if override := re.search(r"Could not override '([\w./@-]+)'", text):
         return unknown_key(override[1], known_keys(argv))
     if group := re.search(r"Could not override '([\w/]+)'\.\s*No match in the defaults list", text):
-        return f"unknown group {group[1]!r}; there are: {', '.join(sorted(p.name for p in CONF.iterdir() if p.is_dir()))}"
+        return (
+            f"unknown group {group[1]!r}; there are: {', '.join(sorted(p.name for p in CONF.iterdir() if p.is_dir()))}"
+        )
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 

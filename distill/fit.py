@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from distill.callbacks.progress import StageProgress
 from distill.checkpoint import AtomicCheckpointIO, Provenance, load_weights
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 from distill.features import Tapped
 from distill.losses import LossSum
 from distill.module import DistillModule
@@ -92,6 +93,15 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback] = (), **more: A
     )
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C within the block is a KeyboardInterrupt again; Lightning makes a SystemExit of it."""
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+
+
 def check_trainer(arguments: dict[str, Any]) -> None:
     """Build a Trainer with these arguments and throw it away.
 
@@ -103,7 +113,7 @@ def check_trainer(arguments: dict[str, Any]) -> None:
             **arguments, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
         )
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise UserError(f"trainer: Lightning does not accept {arguments} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"trainer: Lightning does not accept {arguments} ({one_line(error)})") from error
 
 
 class LatestBest(ModelCheckpoint):
@@ -150,13 +160,11 @@ def fit(
         max_epochs=epochs,
         gradient_clip_val=clip or None,
     )
-    try:
+    with interruptible():
         worker.fit(
             module,
             data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed),
             data.loader("val", batch_size=max(batch_size, 128)),
         )
-    except SystemExit as end:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from end
     load_weights(module, best.best_model_path)
     return module

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
@@ -35,14 +34,16 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     loss = LossSum(build_all(cfg.loss, LossTerm))
     schedule = Schedule(**cfg.optim)
-    teacher_schedule = Schedule(**{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")})
+    teacher_schedule = Schedule(
+        **{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")}
+    )
     arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
     check_trainer(arguments)
     if cfg.data.get("tokenizer") == "auto":
         cfg.data.tokenizer = None if cfg.teacher.weights == "scratch" else stages.teacher_source(cfg.teacher)
     data = build(cfg.data, DataSet)
 
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values())
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     for logger in loggers:
@@ -50,7 +51,9 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
     job = stages.Job(cfg, data, settings)
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")
-    job.say(f"data  {data.name}: {' + '.join(f'{n:,} {split}' for split, n in data.sizes.items())} examples, {len(data.label_names)} classes")
+    job.say(
+        f"data  {data.name}: {' + '.join(f'{n:,} {split}' for split, n in data.sizes.items())} examples, {len(data.label_names)} classes"
+    )
 
     teacher, teacher_result = stages.teacher_stage(job, teacher_schedule)
     settings.provenance["teacher"] = fingerprint.of_weights(teacher.network)
@@ -59,12 +62,23 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     answers = stages.cache_stage(job, teacher, loss, schedule)
     baseline = stages.baseline_stage(job, loss, schedule)
     with job.stage("distill", " + ".join(f"{term.weight:g} {key}" for key, term in loss.terms.items())):
-        fit(student, loss, data, schedule, settings, stage="student", teacher=answers, checkpoints=folder / "checkpoints")
+        fit(
+            student,
+            loss,
+            data,
+            schedule,
+            settings,
+            stage="student",
+            teacher=answers,
+            checkpoints=folder / "checkpoints",
+        )
     with job.stage("evaluate", "on the test split"):
         baseline_result = stages.evaluate(job, baseline, "baseline").result if baseline is not None else None
         student_result = stages.evaluate(job, student, "student").result
 
-    accuracies = (result and result["metrics"]["accuracy"] for result in (teacher_result, student_result, baseline_result))
+    def accuracy(result: dict[str, Any]) -> float:
+        return float(result["metrics"]["accuracy"])
+
     document: dict[str, Any] = {
         "schema": 1,
         "run": {
@@ -79,10 +93,17 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
         },
         "data": {"name": data.name, "fingerprint": data.fingerprint, **data.sizes, "classes": len(data.label_names)},
         "teacher": {"name": cfg.teacher.name, "weights": str(cfg.teacher.weights), **teacher_result},
-        "student": {"name": cfg.student.name, "weights": "distilled", **student_result, "digest": fingerprint.of_tensors(student.backbone.state_dict())},
+        "student": {
+            "name": cfg.student.name,
+            "weights": "distilled",
+            **student_result,
+            "digest": fingerprint.of_tensors(student.backbone.state_dict()),
+        },
         "baseline": baseline_result and {"name": cfg.student.name, "weights": "undistilled", **baseline_result},
         "ratios": report.ratios(teacher_result, student_result),
-        "gap_closed": report.gap_closed(*accuracies),
+        "gap_closed": report.gap_closed(
+            accuracy(teacher_result), accuracy(student_result), accuracy(baseline_result) if baseline_result else None
+        ),
         "loss": {key: {k: v for k, v in node.items() if k != "_target_"} for key, node in cfg.loss.items()},
     }
     document["exports"] = stages.export_stage(job, student, document)

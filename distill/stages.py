@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -25,8 +25,8 @@ from distill.data.base import DataSet, ImageData, TextData
 from distill.errors import UserError
 from distill.export import export_image, export_text
 from distill.exported import measure
-from distill.features import Tapped, TappedImage
-from distill.fit import Schedule, Settings, fit, trainer
+from distill.features import Tapped, TappedImage, TappedText
+from distill.fit import Schedule, Settings, fit, interruptible, trainer
 from distill.layout import EXPORT
 from distill.losses import CrossEntropy, LossSum
 from distill.module import DistillModule
@@ -68,21 +68,40 @@ def teacher_source(teacher: DictConfig) -> str:
 
 def transformer_layers(network: Tapped) -> nn.ModuleList:
     """The layers that progressive stacking switches on one after another."""
-    try:
-        return network.backbone.get_submodule("bert.encoder.layer")
-    except AttributeError as error:
-        raise UserError("stacking is for transformers: this teacher has no layers that can be skipped; set stacking=null") from error
+    layers = dict(network.backbone.named_modules()).get("bert.encoder.layer")
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(
+            "stacking is for transformers: this teacher has no layers that can be skipped; set stacking=null"
+        )
+    return layers
+
+
+def check_labels(network: Tapped, label_names: list[str]) -> None:
+    """Raises UserError if a loaded classifier knows the names of its classes and they are not the data set's, in its order."""
+    backbone: Any = network.backbone
+    names = (
+        list(backbone.config.id2label.values())
+        if isinstance(network, TappedText)
+        else backbone.pretrained_cfg.get("label_names")
+    )
+    named = names and not all(str(name).startswith("LABEL_") for name in names)
+    if network.head_loaded and named and list(map(str, names)) != label_names:
+        raise UserError(
+            f"the loaded teacher's classes are {names} and those of the data {label_names}: its answers would be misread; "
+            "set teacher.finetune=true to train a classifier for these"
+        )
 
 
 def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
     """Train the teacher on the labels alone; the network ends with the weights of its best epoch, or of the last one if stacked."""
-    options = job.cfg.teacher.optim
-    callbacks: list[pl.Callback] = []
-    if options.stacking is not None:
-        callbacks = [ProgressiveStacking(transformer_layers(network), [(share, number) for share, number in options.stacking])]
-    loss = LossSum({"ce": CrossEntropy(label_smoothing=options.label_smoothing)})
+    options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.teacher.optim, resolve=True))
+    stacking = (
+        options["stacking"] if job.cfg.teacher.weights == "scratch" else None
+    )  # only random layers start as identities
+    callbacks = [ProgressiveStacking(transformer_layers(network), stacking)] if stacking is not None else []
+    loss = LossSum({"ce": CrossEntropy(label_smoothing=options["label_smoothing"])})
     scratch = job.settings.folder / "checkpoints" / "teacher"
-    keep = "best" if options.stacking is None else "last"
+    keep = "best" if stacking is None else "last"
     fit(
         network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch, weights_only=True,
         keep=keep,
@@ -97,6 +116,7 @@ def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
     pl.seed_everything(job.settings.seed, verbose=False)
     network = build(cfg.network, Tapped, weights=teacher_source(cfg), **job.data.network_facts)
     if cfg.finetune is not True and (cfg.finetune != "auto" or network.head_loaded):
+        check_labels(network, job.data.label_names)
         return network, None
     key = fingerprint.of_values(
         {
@@ -104,7 +124,9 @@ def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
             "data": job.data.fingerprint,
             "recipe": OmegaConf.to_container(cfg.optim, resolve=True),
             "seed": job.settings.seed,
-            "trainer": {name: job.settings.trainer[name] for name in ("precision", "devices", "accumulate_grad_batches")},
+            "trainer": {
+                name: job.settings.trainer[name] for name in ("precision", "devices", "accumulate_grad_batches")
+            },
         }
     )
     return network, Path(job.cfg.store).expanduser() / "teachers" / key[:20]
@@ -148,7 +170,13 @@ def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Sched
     every epoch shows the same inputs, else the network itself."""
     if not loss.needs_teacher:
         return None
-    reason = "is off" if not job.cfg.cache else "can't be used: the student's inputs are augmented" if schedule.augment else None
+    reason = (
+        "is off"
+        if not job.cfg.cache
+        else "can't be used: the student's inputs are augmented"
+        if schedule.augment
+        else None
+    )
     if loss.needs:
         reason = f"can't be used: the loss reads {', '.join(loss.needs)}"
     if reason:
@@ -184,10 +212,20 @@ def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None
         return None
     with job.stage("baseline", "the same student without the teacher"):
         network = new_student(job)
-        smoothing = loss.terms["ce"].label_smoothing if "ce" in loss.terms else 0.0
+        term = loss.terms["ce"] if "ce" in loss.terms else None
+        smoothing = term.label_smoothing if isinstance(term, CrossEntropy) else 0.0
         alone = LossSum({"ce": CrossEntropy(label_smoothing=smoothing)})
         checkpoints = job.settings.folder / "checkpoints" / "baseline"
-        fit(network, alone, job.data, schedule, job.settings, stage="baseline", checkpoints=checkpoints, weights_only=True)
+        fit(
+            network,
+            alone,
+            job.data,
+            schedule,
+            job.settings,
+            stage="baseline",
+            checkpoints=checkpoints,
+            weights_only=True,
+        )
     return network
 
 
@@ -196,7 +234,7 @@ def export_stage(job: Job, student: Tapped, document: dict[str, Any]) -> list[di
     folder = job.settings.folder / EXPORT
     with job.stage("export", "safetensors and ONNX"), job.settings.console.status("exporting and checking"):
         differences = write_export(job, student, document, folder)
-        options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
+        options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True))
         return measure(folder, differences, job.data.loader("test", batch_size=128), job.data.sample(), **options)
 
 
@@ -204,7 +242,9 @@ def write_export(job: Job, student: Tapped, document: dict[str, Any] | None, fol
     """Write the student as an export, with a model card from the report; format -> largest difference of a logit."""
     card, tolerance = card_of(job, document), job.cfg.export.tolerance
     if isinstance(job.data, TextData):
-        return export_text(student.backbone, job.data.tokenizer, job.data.label_names, folder, card, tolerance=tolerance)
+        return export_text(
+            student.backbone, job.data.tokenizer, job.data.label_names, folder, card, tolerance=tolerance
+        )
     assert isinstance(job.data, ImageData)
     assert isinstance(student, TappedImage)
     return export_image(
@@ -252,9 +292,12 @@ def check(job: Job, loss: LossSum, student: Tapped, teacher: FrozenTeacher) -> N
 
 def evaluate(job: Job, network: Tapped, stage: str) -> Evaluation:
     """Measure a network on the test split."""
-    options = OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True)
+    options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True))
     evaluation = Evaluation(job.data.sample(), len(job.data.label_names), job.teacher_says, **options)
     module = DistillModule(network, LossSum({"ce": CrossEntropy()}), stage=stage, num_labels=len(job.data.label_names))
     progress = StageProgress(stage, job.settings.console)
-    trainer(job.settings, [progress, evaluation]).test(module, job.data.loader("test", batch_size=128), verbose=False)
+    with interruptible():
+        trainer(job.settings, [progress, evaluation]).test(
+            module, job.data.loader("test", batch_size=128), verbose=False
+        )
     return evaluation

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 # Before any library reads them: nothing from the hub, nothing to W&B, no teacher from or for the user's own store.
-os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false"})
+os.environ.update(
+    {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false"}
+)
 
 import hydra
 import pytest

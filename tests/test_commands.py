@@ -62,7 +62,9 @@ def test_help_needs_no_torch_and_shows_groups_options_and_examples(tmp_path: Pat
         "for name in ('torch', 'transformers', 'timm', 'pytorch_lightning', 'wandb'): sys.modules[name] = None\n"
         f"import runpy; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     assert shown.count("python train.py ") >= 5
     for group in CONF.glob("*/*.yaml"):
         assert group.stem in shown

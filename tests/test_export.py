@@ -15,15 +15,6 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from PIL import Image
-from torch import nn
-from transformers import AutoTokenizer
-from transformers.utils import logging
-
-from distill import export, exported
-from distill.cost import weight_bytes
-from distill.errors import UserError
-from distill.exported import Exported, accuracy, load_native, load_onnx, measure, onnx_accuracy, verify
 from exporting import (
     LABELS,
     MEAN,
@@ -39,6 +30,15 @@ from exporting import (
     text_export,
     tokenizer,
 )
+from PIL import Image
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from distill import export, exported
+from distill.cost import weight_bytes
+from distill.errors import UserError
+from distill.exported import Exported, accuracy, load_native, load_onnx, measure, onnx_accuracy, verify
 
 KINDS = {"text": (bert, text_export), "image": (cnn, image_export)}
 

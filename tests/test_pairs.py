@@ -33,7 +33,9 @@ def smoke(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPathF
     def folder(pair: str) -> Path:
         if pair not in done:
             done[pair] = tmp_path_factory.mktemp(pair)
-            run(compose(*overrides(pair)), done[pair], name=pair, command="python train.py " + " ".join(overrides(pair)))
+            run(
+                compose(*overrides(pair)), done[pair], name=pair, command="python train.py " + " ".join(overrides(pair))
+            )
         return done[pair]
 
     return folder

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting import LABELS, MEAN, STD, Exports, bert, cnn, shared_exports, tokenizer
 from PIL import Image
 from rich.console import Console
 
 from distill.errors import UserError
 from distill.predict import Prediction, predict, table
-from exporting import LABELS, MEAN, STD, Exports, bert, cnn, shared_exports, tokenizer
 
 
 @pytest.fixture(scope="module")

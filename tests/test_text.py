@@ -23,7 +23,7 @@ from distill.data.text import (
     concept_phrases,
     split_of,
 )
-from distill.data.wordpiece import PieceDropout, SPECIAL, train_wordpiece
+from distill.data.wordpiece import SPECIAL, PieceDropout, train_wordpiece
 from distill.errors import UserError
 
 Loader = DataLoader[dict[str, Tensor]]

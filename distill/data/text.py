@@ -136,7 +136,9 @@ class Cldr(TextData):
             raise UserError(f"split={split!r}: no such split; choose one of {', '.join(SHARES)}")
         phrases = self.phrases[split]
         retokenise = (lambda i, random: self._cut(phrases[i], random)) if augment else None
-        return text_loader(self._splits[split], batch_size=batch_size, shuffle=shuffle, retokenise=retokenise, seed=seed)
+        return text_loader(
+            self._splits[split], batch_size=batch_size, shuffle=shuffle, retokenise=retokenise, seed=seed
+        )
 
 
 def check(name: str, value: int | None, lowest: int, highest: int | None = None) -> None:

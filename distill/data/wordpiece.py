@@ -92,4 +92,6 @@ def load_tokenizer(source: str, max_length: int) -> PreTrainedTokenizerBase:
         with nullcontext() if here.exists() else patient_only_if_reachable():
             return AutoTokenizer.from_pretrained(name, model_max_length=max_length)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer={source!r}: cannot be loaded ({one_line(error)}); give a folder that holds one") from error
+        raise UserError(
+            f"tokenizer={source!r}: cannot be loaded ({one_line(error)}); give a folder that holds one"
+        ) from error
