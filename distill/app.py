@@ -1,4 +1,5 @@
-"""The command `train.py`: Hydra's composition, with mistakes reported in one line and before anything heavy is imported."""
+"""The command `train.py`: Hydra's composition, with mistakes reported in one line and before anything heavy is
+imported."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def unknown_key(key: str, known: list[str]) -> str:
 def preflight(cfg: DictConfig, overrides: list[str]) -> None:
     """Refuse what can be seen to be wrong without importing torch.
 
-    A key is unknown if it is not there when the same groups are composed without the user's additions (`+key=`, `++key=`).
+    A key is unknown if it is not there when the same groups are composed without the user's additions (`+key=`,
+    `++key=`).
 
     Raises:
         UserError: unknown key, or a path of weights that does not exist.
@@ -95,15 +97,16 @@ def preflight(cfg: DictConfig, overrides: list[str]) -> None:
     weights = cfg.teacher.weights
     if weights not in ("scratch", "hub") and not Path(str(weights)).expanduser().exists():
         raise UserError(
-            f"teacher.weights={weights}: no such file or folder; give scratch (train it here), hub (load {cfg.teacher.hub}) "
-            "or a path that exists"
+            f"teacher.weights={weights}: no such file or folder; give scratch (train it here), "
+            f"hub (load {cfg.teacher.hub}) or a path that exists"
         )
 
 
 def explain(error: Exception, argv: list[str]) -> str:
     """One line for an error of Hydra or OmegaConf: what is wrong, why, and the options there are."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: can't be read as key=value ({str(error).splitlines()[0].strip()}); quote values with brackets or commas"
+        reason = str(error).splitlines()[0].strip()
+        return f"{error.override}: can't be read as key=value ({reason}); quote values with brackets or commas"
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if missing := re.search(r"Could not (?:find|load) '([\w/.-]+)'", text):
         group, _, option = missing[1].rpartition("/")

@@ -51,9 +51,8 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
     job = stages.Job(cfg, data, settings)
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")
-    job.say(
-        f"data  {data.name}: {' + '.join(f'{n:,} {split}' for split, n in data.sizes.items())} examples, {len(data.label_names)} classes"
-    )
+    sizes = " + ".join(f"{count:,} {split}" for split, count in data.sizes.items())
+    job.say(f"data  {data.name}: {sizes} examples, {len(data.label_names)} classes")
 
     teacher, teacher_result = stages.teacher_stage(job, teacher_schedule)
     settings.provenance["teacher"] = fingerprint.of_weights(teacher.network)

@@ -77,7 +77,8 @@ def transformer_layers(network: Tapped) -> nn.ModuleList:
 
 
 def check_labels(network: Tapped, label_names: list[str]) -> None:
-    """Raises UserError if a loaded classifier knows the names of its classes and they are not the data set's, in its order."""
+    """Raises UserError if a loaded classifier knows the names of its classes and they are not the data set's, in its
+    order."""
     backbone: Any = network.backbone
     names = (
         list(backbone.config.id2label.values())
@@ -87,13 +88,14 @@ def check_labels(network: Tapped, label_names: list[str]) -> None:
     named = names and not all(str(name).startswith("LABEL_") for name in names)
     if network.head_loaded and named and list(map(str, names)) != label_names:
         raise UserError(
-            f"the loaded teacher's classes are {names} and those of the data {label_names}: its answers would be misread; "
-            "set teacher.finetune=true to train a classifier for these"
+            f"the loaded teacher's classes are {names} and those of the data {label_names}: its answers would be "
+            "misread; set teacher.finetune=true to train a classifier for these"
         )
 
 
 def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
-    """Train the teacher on the labels alone; the network ends with the weights of its best epoch, or of the last one if stacked."""
+    """Train the teacher on the labels alone; the network ends with the weights of its best epoch, or of the last one
+    if stacked."""
     options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.teacher.optim, resolve=True))
     stacking = (
         options["stacking"] if job.cfg.teacher.weights == "scratch" else None
@@ -103,8 +105,8 @@ def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
     scratch = job.settings.folder / "checkpoints" / "teacher"
     keep = "best" if stacking is None else "last"
     fit(
-        network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch, weights_only=True,
-        keep=keep,
+        network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch,
+        weights_only=True, keep=keep,
     )  # fmt: skip
     (scratch / "best.ckpt").unlink()
     scratch.rmdir()
@@ -135,8 +137,8 @@ def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
 def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Load or train the teacher, measure it, and refuse to go on with one that has learnt nothing.
 
-    A teacher that was trained here is stored under the fingerprint of its initial weights (which hold architecture, seed and what was
-    loaded), the data and the recipe; the next run with the same fingerprint starts from it.
+    A teacher that was trained here is stored under the fingerprint of its initial weights (which hold architecture,
+    seed and what was loaded), the data and the recipe; the next run with the same fingerprint starts from it.
 
     Raises:
         UserError: it is no better than always naming the most frequent class, and `teacher.allow_weak` is not set.
@@ -158,15 +160,17 @@ def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str
         job.say(f"  test accuracy {accuracy:.4f} (most frequent class: {evaluation.majority:.4f})")
         if accuracy <= evaluation.majority and not cfg.allow_weak:
             raise UserError(
-                f"the teacher's test accuracy {accuracy:.4f} is no better than naming the most frequent class ({evaluation.majority:.4f}): "
-                "a student would learn nothing from it; train it longer (teacher.optim.epochs), or set teacher.allow_weak=true"
+                f"the teacher's test accuracy {accuracy:.4f} is no better than naming the most frequent class "
+                f"({evaluation.majority:.4f}): a student would learn nothing from it; train it longer "
+                "(teacher.optim.epochs), or set teacher.allow_weak=true"
             )
     job.teacher_says = evaluation.predictions
     return FrozenTeacher(network), evaluation.result
 
 
 def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Schedule) -> Teacher | None:
-    """What answers for the teacher in training: nothing where no term asks, its stored logits where they are all that is asked for and
+    """What answers for the teacher in training: nothing where no term asks, its stored logits where they are all that
+    is asked for and
     every epoch shows the same inputs, else the network itself."""
     if not loss.needs_teacher:
         return None
@@ -207,12 +211,13 @@ def new_student(job: Job, teacher: FrozenTeacher | None = None) -> Tapped:
 
 
 def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None:
-    """The same student from the same seed and schedule on the labels alone; None where it is not wanted or would be the student itself."""
+    """The same student from the same seed and schedule on the labels alone; None where it is not wanted or would be
+    the student itself."""
     if not job.cfg.baseline or not loss.needs_teacher:
         return None
     with job.stage("baseline", "the same student without the teacher"):
         network = new_student(job)
-        term = loss.terms["ce"] if "ce" in loss.terms else None
+        term = dict(loss.terms.items()).get("ce")
         smoothing = term.label_smoothing if isinstance(term, CrossEntropy) else 0.0
         alone = LossSum({"ce": CrossEntropy(label_smoothing=smoothing)})
         checkpoints = job.settings.folder / "checkpoints" / "baseline"

@@ -222,7 +222,7 @@ def test_collect_keeps_every_report_without_paths(tmp_path):
     assert recorded["rows"][0]["commands"][0] == "python train.py hydra.run.dir=a seed=0"
     assert recorded["runs"][1] == make(1)
     assert comparing.compare([out]) == recorded["rows"]
-    with pytest.raises(UserError, match="must end in .json"):
+    with pytest.raises(UserError, match=r"must end in \.json"):
         comparing.collect([out], tmp_path / "bert.md")
 
 

@@ -16,10 +16,13 @@ from distill.errors import UserError
 
 
 class BucketBatches(Sampler[list[int]]):
-    """Batches of examples of similar length; every example once an epoch, only the last batch of the epoch may be smaller.
+    """Batches of examples of similar length; every example once an epoch, only the last batch of the epoch may be
+    smaller.
 
-    Shuffled: the order of `sampler` is cut into windows of `window` batches, each window is sorted by length and cut into batches,
-    and the batches of the epoch are shuffled; a pure function of (seed, epoch). Not shuffled: all examples sorted by length.
+    Shuffled: the order of `sampler` is cut into windows of `window` batches, each window is sorted by length and cut
+        into batches,
+    and the batches of the epoch are shuffled; a pure function of (seed, epoch). Not shuffled: all examples sorted by
+    length.
 
     Args:
         lengths: [N] number of tokens of each example.
@@ -62,7 +65,8 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         tokens: N lists of ids, special tokens included.
         labels: [N] int64.
         pad: id of the padding token.
-        retokenise: index and random stream -> another list of ids for the same example, for augmentation; None leaves them as they are.
+        retokenise: index and random stream -> another list of ids for the same example, for augmentation; None leaves
+            them as they are.
         sampler: tells seed and epoch of the random streams.
     """
 
@@ -106,7 +110,8 @@ def text_loader(
     retokenise: Callable[[int, random.Random], Sequence[int]] | None = None,
     seed: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of `input_ids`, `attention_mask` [B, L], `labels` [B] and `index` [B], the place in the split; see `BucketBatches`.
+    """Batches of `input_ids`, `attention_mask` [B, L], `labels` [B] and `index` [B], the place in the split; see
+    `BucketBatches`.
 
     Raises:
         UserError: `batch_size` is not a positive integer.

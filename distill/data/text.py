@@ -24,7 +24,8 @@ LANGUAGES = [
     *("en", "de", "fr", "es", "it", "nl", "sv", "pl", "cs", "tr", "fi", "hu", "pt", "ro", "lt", "vi"),
     *("ga", "eu", "lv", "sq", "is", "et", "sl", "sw", "ca", "hr", "cy", "sk", "nb", "id", "af", "da"),
 ]
-"""Codes in the order in which `Cldr(languages=N)` takes them; all in Latin script, so that no alphabet gives the answer away."""
+"""Codes in the order in which `Cldr(languages=N)` takes them; all in Latin script, so that no alphabet gives the
+answer away."""
 KINDS = ("territories", "languages", "scripts", "currencies")
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 
@@ -32,8 +33,8 @@ SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 def concept_phrases(languages: Sequence[str]) -> list[tuple[str, str, str]]:
     """(concept, language, phrase) for every phrase that belongs to one of `languages` only, letter case ignored.
 
-    A concept is a kind and its code, such as "territories DE". A phrase that a language uses for several concepts is kept for the
-    first in alphabetical order.
+    A concept is a kind and its code, such as "territories DE". A phrase that a language uses for several concepts is
+    kept for the first in alphabetical order.
     """
     owners: dict[str, set[str]] = {}
     found: dict[tuple[str, str], tuple[str, str, str]] = {}
@@ -63,7 +64,8 @@ def split_of(concept: str, seed: int) -> str:
 
 
 class Cldr(TextData):
-    """Short names of territories, languages, scripts and currencies from the Unicode CLDR (as in `babel`); tell their language.
+    """Short names of territories, languages, scripts and currencies from the Unicode CLDR (as in `babel`); tell their
+    language.
 
     Split by concept (the territory DE, the currency EUR), so that no concept and no phrase is in two splits.
 
@@ -124,7 +126,8 @@ class Cldr(TextData):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over tokens, labels, order and phrases of every split, class names, vocabulary and augmentation."""
+        """sha256 (hex) over tokens, labels, order and phrases of every split, class names, vocabulary and
+        augmentation."""
         splits = {s: [self.phrases[s], part.tokens, part.labels.tolist()] for s, part in self._splits.items()}
         return fingerprint.of_values([splits, self.label_names, self.tokenizer.get_vocab(), self._cut.rate])
 

@@ -17,11 +17,13 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def train_wordpiece(phrases: Sequence[str], pieces: int, max_length: int) -> BertTokenizer:
-    """A WordPiece tokenizer in BERT's format that keeps case and accents, with at most `pieces` pieces; `[PAD]` has id 0.
+    """A WordPiece tokenizer in BERT's format that keeps case and accents, with at most `pieces` pieces; `[PAD]` has id
+    0.
 
-    Every character of `phrases` is a piece, even where that makes more than `pieces`. The trainer numbers characters inside words in
-    the order of a hash table, differently in each process, and breaks ties between merges by number; handed over as special tokens
-    they have fixed numbers, so that the vocabulary depends on the phrases only.
+    Every character of `phrases` is a piece, even where that makes more than `pieces`. The trainer numbers characters
+    inside words in
+    the order of a hash table, differently in each process, and breaks ties between merges by number; handed over as
+    special tokens they have fixed numbers, so that the vocabulary depends on the phrases only.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
@@ -40,8 +42,8 @@ def train_wordpiece(phrases: Sequence[str], pieces: int, max_length: int) -> Ber
 class PieceDropout:
     """Random segmentations of a phrase: the same text in other, mostly shorter pieces, as augmentation.
 
-    WordPiece takes the longest piece that matches. Here each match of more than one character is passed over with probability `rate`, so
-    that the next shorter one is tried. With rate 0 the result is the tokenizer's own.
+    WordPiece takes the longest piece that matches. Here each match of more than one character is passed over with
+    probability `rate`, so that the next shorter one is tried. With rate 0 the result is the tokenizer's own.
 
     Source: Hiraoka, "MaxMatch-Dropout: Subword Regularization for WordPiece" (COLING 2022).
 
