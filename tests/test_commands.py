@@ -13,7 +13,7 @@ TRAIN = CONF.parent / "train.py"
 
 def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(TRAIN), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
     )
 
 
