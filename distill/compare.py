@@ -342,6 +342,11 @@ def record(paths: Iterable[str | Path], name: str, results_dir: Path, readme: Pa
     if not page.exists():
         reports.replace(page, f"{HEADING}\n{BEGIN}\n{END}\n")
     update_readme(page, render(results_dir))
-    rows = _distinct(row for made in recorded(results_dir).values() for row in made)
-    update_readme(readme, f"{reports.markdown_table(*table(rows))}\n\n{NOTE}")
+    update_readme(readme, readme_table(results_dir))
     return [out, page, readme]
+
+
+def readme_table(results_dir: str | Path) -> str:
+    """The rows of all results files in one table, for the README."""
+    rows = _distinct(row for made in recorded(results_dir).values() for row in made)
+    return f"{reports.markdown_table(*table(rows))}\n\n{NOTE}"
