@@ -33,7 +33,7 @@ from distill.exported import quiet_transformers, verify
 from distill.layout import ONNX_FILE, is_export
 
 TOLERANCE = 1e-3
-"""Largest difference of the logits of an exported format from those in PyTorch, fp32 on the CPU; see `exported.verify`."""
+"""Largest difference of an exported format's logits from PyTorch's, fp32 on the CPU; see `exported.verify`."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SOURCE_FACTS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """What timm's configuration says of an architecture's published checkpoint, and would be wrong of other weights."""

@@ -38,7 +38,7 @@ from transformers.utils import logging
 from distill import export, exported
 from distill.cost import weight_bytes
 from distill.errors import UserError
-from distill.exported import Exported, accuracy, load_native, load_onnx, measure, onnx_accuracy, verify
+from distill.exported import Exported, accuracy, load_native, load_network, load_onnx, measure, onnx_accuracy, verify
 
 KINDS = {"text": (bert, text_export), "image": (cnn, image_export)}
 
@@ -259,11 +259,23 @@ def test_label_names_must_fit(labels: list[str], message: str, tmp_path: Path) -
 def test_verification_finds_another_network(exports: Exports, kind: str) -> None:
     other = KINDS[kind][0]().eval()
     assert max(verify(exports[kind], other, 1e-3).values()) < 1e-4
+    bias = next(p for name, p in other.named_parameters() if name.endswith(("classifier.bias", "fc.bias")))
     with torch.no_grad():
-        next(p for name, p in other.named_parameters() if name.endswith(("classifier.bias", "fc.bias")))[0] += 0.002
-    with pytest.raises(RuntimeError, match=r"logits differ by 0\.002, more than the tolerance 0\.001"):
+        bias.copy_(torch.linspace(-100, 100, len(bias)) + bias)
+    with pytest.raises(RuntimeError, match=r"logits differ by 100, more than the tolerance 0\.1"):
         verify(exports[kind], other, 1e-3)
-    assert max(verify(exports[kind], other, 1e-2).values()) == pytest.approx(0.002, abs=1e-4)
+    assert max(verify(exports[kind], other, 1.1).values()) == pytest.approx(100, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_logits_are_compared_absolutely(exports: Exports, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def constant(value: float) -> Exported:
+        return Exported(inputs=dict, run=lambda inputs: torch.full((len(next(iter(inputs.values()))), 2), value))
+
+    monkeypatch.setattr("distill.exported.load", lambda path: constant(0.5 + 0.002))
+    monkeypatch.setattr("distill.exported.torch_run", lambda network: constant(0.5).run)
+    with pytest.raises(RuntimeError, match=r"logits differ by 0\.002, more than the tolerance 0\.001"):
+        verify(exports[kind], KINDS[kind][0](), 1e-3)
 
 
 def test_verification_refuses_what_is_not_a_number(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +393,12 @@ def test_a_changed_architecture_is_refused(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_transformers_progress_bars_are_restored(exports: Exports) -> None:
-    assert logging.is_progress_bar_enabled()
-    load_native(exports["text"])
-    assert logging.is_progress_bar_enabled()
+@pytest.mark.parametrize("shown", [True, False])
+def test_transformers_progress_bars_are_restored(exports: Exports, shown: bool) -> None:
+    before = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        load_network(exports["text"])
+        assert logging.is_progress_bar_enabled() is shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
