@@ -30,6 +30,7 @@ from distill.fit import Schedule, Settings, fit, interruptible, trainer
 from distill.layout import EXPORT
 from distill.losses import CrossEntropy, LossSum
 from distill.module import DistillModule
+from distill.schema import STAGES
 from distill.teacher import CachedLogits, FrozenTeacher, Teacher
 from students.bert import start_from
 
@@ -46,7 +47,7 @@ class Job:
     cfg: DictConfig
     data: DataSet
     settings: Settings
-    seconds: dict[str, float | None] = field(default_factory=dict)
+    seconds: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     teacher_says: torch.Tensor | None = None
 
     @contextmanager
@@ -55,7 +56,7 @@ class Job:
         self.say(f"[bold]{name}[/bold]  {title}")
         start = time.perf_counter()
         yield
-        self.seconds[name] = (self.seconds.get(name) or 0.0) + time.perf_counter() - start
+        self.seconds[name] = (self.seconds[name] or 0.0) + time.perf_counter() - start
 
     def say(self, text: str) -> None:
         self.settings.console.print(text, highlight=False, soft_wrap=True)
@@ -97,9 +98,8 @@ def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
     """Train the teacher on the labels alone; the network ends with the weights of its best epoch, or of the last one
     if stacked."""
     options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.teacher.optim, resolve=True))
-    stacking = (
-        options["stacking"] if job.cfg.teacher.weights == "scratch" else None
-    )  # only random layers start as identities
+    # Only random layers start as identities.
+    stacking = options["stacking"] if job.cfg.teacher.weights == "scratch" else None
     callbacks = [ProgressiveStacking(transformer_layers(network), stacking)] if stacking is not None else []
     loss = LossSum({"ce": CrossEntropy(label_smoothing=options["label_smoothing"])})
     scratch = job.settings.folder / "checkpoints" / "teacher"
@@ -170,8 +170,7 @@ def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str
 
 def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Schedule) -> Teacher | None:
     """What answers for the teacher in training: nothing where no term asks, its stored logits where they are all that
-    is asked for and
-    every epoch shows the same inputs, else the network itself."""
+    is asked for and every epoch shows the same inputs, else the network itself."""
     if not loss.needs_teacher:
         return None
     reason = (

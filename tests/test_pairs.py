@@ -98,3 +98,10 @@ def test_the_checkpoint_holds_no_teacher(pair: str, smoke: Callable[[str], Path]
     assert sum(m.numel() for m in moments) == 2 * document["student"]["params"]
     assert checkpoint["distill"]["config"]["seed"] == 0
     assert len(checkpoint["distill"]["teacher"]) == 64
+
+
+def test_stages_that_are_not_needed_are_null_in_the_report(compose: Callable[..., DictConfig], tmp_path: Path) -> None:
+    document = run(compose(*overrides("mobilenet_v3_tiny"), "loss=[ce]", "logger=csv"), tmp_path, name="a", command="b")
+    assert json.loads((tmp_path / "report.json").read_text()) == document
+    assert document["baseline"] is None
+    assert {stage for stage, seconds in document["run"]["seconds"].items() if seconds is None} == {"cache", "baseline"}

@@ -20,9 +20,8 @@ class BucketBatches(Sampler[list[int]]):
     smaller.
 
     Shuffled: the order of `sampler` is cut into windows of `window` batches, each window is sorted by length and cut
-        into batches,
-    and the batches of the epoch are shuffled; a pure function of (seed, epoch). Not shuffled: all examples sorted by
-    length.
+    into batches, and the batches of the epoch are shuffled; a pure function of (seed, epoch). Not shuffled: all
+    examples sorted by length.
 
     Args:
         lengths: [N] number of tokens of each example.
