@@ -7,6 +7,7 @@ and both are settled here.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,13 +25,16 @@ class Features:
 
     Attributes:
         logits: [B, C], before softmax.
-        hidden: the watched layers by semantic name: [B, L, D] for text, [B, D, H, W] for images.
+        hidden: the watched taps by semantic name. Layers: [B, L, D] for text, [B, D, H, W] for images; `pooled`, what
+            the classifier reads: [B, D]; `layerN.query`, `.key` and `.value`, the projections of all heads: [B, L, D].
         mask: [B, L], 1 for real tokens and 0 for padding; None where there is no padding.
+        heads: number of attention heads; None where there is no attention.
     """
 
     logits: Tensor
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+    heads: int | None = None
 
 
 class Tapped(nn.Module):
@@ -63,6 +67,16 @@ class Tapped(nn.Module):
         self.places = dict(places)
         self._captured: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+
+    @property
+    def layers(self) -> list[str]:
+        """The taps that a layer map maps, in order of depth: those called `layerN` or `stageN`."""
+        return [name for name in self.places if re.fullmatch(r"(layer|stage)\d+", name)]
+
+    @property
+    def heads(self) -> int | None:
+        """Number of attention heads, or None where there is no attention."""
+        return None
 
     def watch(self, names: Iterable[str]) -> None:
         """Capture the outputs of exactly these places from now on.
@@ -97,13 +111,18 @@ class Tapped(nn.Module):
         self._captured.clear()
         try:
             logits = self.logits(batch)
-            return Features(logits=logits, hidden=dict(self._captured), mask=self.mask(batch))
+            return Features(logits, dict(self._captured), self.mask(batch), self.heads)
         finally:
             self._captured.clear()
 
 
 class TappedText(Tapped):
     """A transformers sequence classifier, fed with `input_ids` and `attention_mask` [B, L]."""
+
+    @property
+    def heads(self) -> int | None:
+        config: Any = self.backbone.config
+        return int(config.num_attention_heads)
 
     def logits(self, batch: Batch) -> Tensor:
         return self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

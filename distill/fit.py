@@ -150,7 +150,7 @@ def fit(
     epochs, batch_size, clip, augment = (options.pop(key) for key in ("epochs", "batch_size", "clip", "augment"))
     module = DistillModule(network, loss, teacher=teacher, stage=stage, num_labels=len(data.label_names), **options)
     saved: dict[str, Any] = {"save_weights_only": weights_only, "enable_version_counter": False}
-    choice: dict[str, Any] = {"monitor": f"{stage}/val_accuracy", "mode": "max"} if keep == "best" else {}
+    choice: dict[str, Any] = {"monitor": f"{stage}/val_{module.metric}", "mode": "max"} if keep == "best" else {}
     best = LatestBest(checkpoints, filename="best", **choice, **saved)
     # A callback of its own: with `save_last` Lightning saves only the epochs that are the best so far.
     last = [] if weights_only else [ModelCheckpoint(checkpoints, filename="last", **saved)]

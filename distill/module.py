@@ -8,20 +8,21 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric, R2Score
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
+from distill.errors import UserError
 from distill.features import Batch, Tapped
 from distill.losses import LossSum
+from distill.losses.base import told
 from distill.teacher import Teacher
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimiser groups: weight decay for matrices and kernels, none for what has fewer than 2 dimensions."""
+def parameter_groups(module: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
+    """Optimiser groups of a module: weight decay for matrices and kernels, none for what has fewer than 2 dimensions."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    split = ([p for p in parameters if p.ndim >= 2], weight_decay), ([p for p in parameters if p.ndim < 2], 0.0)
+    return [{"params": params, "weight_decay": decay, "lr": lr} for params, decay in split if params]
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
@@ -35,6 +36,15 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
 
 
+def validation_metric(task: str, num_labels: int) -> tuple[str, Metric]:
+    """Name and metric, of logits [B, C] and labels, by which the best epoch is chosen; more is better."""
+    if task == "multiclass":
+        return "accuracy", MulticlassAccuracy(num_labels, average="micro")
+    if task == "multilabel":
+        return "accuracy", MultilabelAccuracy(num_labels, average="micro")
+    return "r2", R2Score()
+
+
 class DistillModule(pl.LightningModule):
     """Trains `student` on `loss`; a `teacher` is asked only if a term needs it.
 
@@ -45,8 +55,8 @@ class DistillModule(pl.LightningModule):
         loss: terms and weights.
         teacher: answers a batch with the teacher's features; needed iff `loss.needs_teacher`.
         stage: prefix of everything logged: "teacher", "baseline" or "student".
-        num_labels: C, for the accuracy.
-        lr: peak learning rate of AdamW.
+        num_labels: C, for the metric.
+        lr: peak learning rate of AdamW; that of a term's own parameters is `term.lr_multiplier` times it.
         weight_decay: decoupled weight decay of AdamW, for matrices and kernels.
         warmup: share of the steps over which the learning rate rises.
     """
@@ -71,7 +81,9 @@ class DistillModule(pl.LightningModule):
         self.stage = stage
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self._teacher = (teacher,) if loss.needs_teacher else (None,)
-        self.val_accuracy = MulticlassAccuracy(num_labels, average="micro")
+        self.metric, metric = validation_metric(loss.task, num_labels)
+        self.val_metric = metric
+        self.values: dict[str, Tensor] = {}
 
     @property
     def teacher(self) -> Teacher | None:
@@ -81,23 +93,39 @@ class DistillModule(pl.LightningModule):
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(self.device)
 
+    def on_train_start(self) -> None:
+        self._steps = self.trainer.estimated_stepping_batches
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.loss.at(self.global_step / self._steps)
         teacher = self.teacher(batch) if self.teacher is not None else None
-        total, parts = self.loss(self.student(batch), teacher, batch)
-        self.log(f"{self.stage}/train_loss", total.detach(), batch_size=len(batch["labels"]))
-        if len(parts) > 1:
-            self.log_dict({f"{self.stage}/train_{n}": v for n, v in parts.items()}, batch_size=len(batch["labels"]))
+        total, self.values = self.loss(self.student(batch), teacher, batch)
+        if not torch.isfinite(total):
+            raise UserError(
+                f"the loss is not finite at step {self.global_step} of stage {self.stage}: {told(self.values)}; lower "
+                "optim.lr, the weight of that term, or use trainer.precision=32-true; checkpoints/ has the last good epoch"
+            )
+        logged = {"loss": total, **(self.values if len(self.values) > 1 else {})}
+        self.log_dict(
+            {f"{self.stage}/train_{name}": value.detach() for name, value in logged.items()},
+            batch_size=len(batch["labels"]),
+        )
         return total
 
+    def on_after_backward(self) -> None:
+        self.values = {}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_accuracy(self.student(batch).logits, batch["labels"])
-        self.log(f"{self.stage}/val_accuracy", self.val_accuracy, on_epoch=True, batch_size=len(batch["labels"]))
+        self.val_metric(self.student(batch).logits, batch["labels"])
+        self.log(f"{self.stage}/val_{self.metric}", self.val_metric, on_epoch=True, batch_size=len(batch["labels"]))
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return {"logits": self.student(batch).logits, "labels": batch["labels"], "index": batch["index"]}
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(nn.ModuleList([self.student, self.loss]), self.weight_decay)
+        groups = parameter_groups(self.student, self.weight_decay, self.lr)
+        for _, term in self.loss.items():
+            groups += parameter_groups(term, self.weight_decay, self.lr * term.lr_multiplier)
         fused = "mixed" not in str(self.trainer.precision)  # Lightning clips no gradients of a fused optimiser there
         optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)

@@ -1,7 +1,8 @@
-"""The two pictures of a run: how the stages trained, and what was paid for what was gained."""
+"""The pictures of a run: how the stages trained, what the terms of the loss did, and what was paid for what was gained."""
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,52 @@ def curves(metrics_csv: str | Path, path: str | Path) -> None:
         else:
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.4")
     _save(figure, path)
+
+
+TERM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+TERM_DASHES = ("-", "--", ":", "-.")
+
+
+def terms(metrics_csv: str | Path, names: Sequence[str], path: str | Path) -> bool:
+    """Draw raw value, share of the loss and gradient norm of each term of the student's loss by step.
+
+    Returns:
+        Whether there was something to draw: nothing is where a loss has one term, or diagnostics were off.
+    """
+    panels = {
+        "train": "Value of each term, unweighted",
+        "share": "Share of the weighted loss",
+        "grad": "Gradient norm on the student, weighted",
+    }
+    series = {
+        (kind, name): read_metrics(metrics_csv, f"{kind}_{name}").get("student") for kind in panels for name in names
+    }
+    if not any(values for (kind, _), values in series.items() if kind == "grad"):
+        return False
+    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
+    for axes, (kind, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for number, name in enumerate(names):
+            if (points := series[kind, name]) is None:
+                continue
+            steps, values = points
+            width = 2 * (len(values) // 50) + 1 if kind == "train" else 1
+            axes.plot(
+                steps,
+                moving_average(values, width),
+                TERM_DASHES[number // len(TERM_COLOURS) % len(TERM_DASHES)],
+                color=TERM_COLOURS[number % len(TERM_COLOURS)],
+                label=name,
+                marker="o" if len(values) < 12 else None,
+                markersize=4,
+            )
+        if kind == "share":
+            axes.set_ylim(0, 1)
+        elif min((v.min() for (k, _), p in series.items() if k == kind and p for v in p[1:]), default=0) > 0:
+            axes.set_yscale("log")
+        _dress(axes, title, "step")
+    axes.legend(frameon=False)
+    _save(figure, path)
+    return True
 
 
 def tradeoff(report: dict[str, Any], path: str | Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from distill import fingerprint, plots, report, stages, tracking
 from distill.build import build, build_all
+from distill.callbacks.diagnostics import Diagnostics
 from distill.data.base import DataSet
 from distill.fit import Schedule, Settings, check_trainer, fit
 from distill.losses import LossSum, LossTerm
@@ -32,7 +33,6 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     """
     quiet()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    loss = LossSum(build_all(cfg.loss, LossTerm))
     schedule = Schedule(**cfg.optim)
     teacher_schedule = Schedule(
         **{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")}
@@ -42,6 +42,7 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     if cfg.data.get("tokenizer") == "auto":
         cfg.data.tokenizer = None if cfg.teacher.weights == "scratch" else stages.teacher_source(cfg.teacher)
     data = build(cfg.data, DataSet)
+    loss = LossSum(build_all(cfg.loss, LossTerm), data.task)
 
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values())
@@ -50,17 +51,21 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
         logger.log_hyperparams(config)
     settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
     job = stages.Job(cfg, data, settings)
+    diagnostics = Diagnostics(console=settings.console, **cfg.callbacks.diagnostics)
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")
     sizes = " + ".join(f"{count:,} {split}" for split, count in data.sizes.items())
     job.say(f"data  {data.name}: {sizes} examples, {len(data.label_names)} classes")
 
-    teacher, teacher_result = stages.teacher_stage(job, teacher_schedule)
+    teacher_network, kept = stages.initial_teacher(job)
+    student = stages.new_student(job)
+    stages.attach(job, loss, student, teacher_network)
+    teacher, teacher_result = stages.teacher_stage(job, teacher_network, kept, teacher_schedule)
     settings.provenance["teacher"] = fingerprint.of_weights(teacher.network)
-    student = stages.new_student(job, teacher)
-    stages.check(job, loss, student, teacher)
+    stages.start(job, student, teacher.network)
     answers = stages.cache_stage(job, teacher, loss, schedule)
     baseline = stages.baseline_stage(job, loss, schedule)
-    with job.stage("distill", " + ".join(f"{term.weight:g} {key}" for key, term in loss.terms.items())):
+    with job.stage("distill", " + ".join(f"{term.weight:g} {key}" for key, term in loss.items())):
+        loss.watch(student, teacher.network)
         fit(
             student,
             loss,
@@ -69,8 +74,10 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
             settings,
             stage="student",
             teacher=answers,
+            callbacks=[diagnostics],
             checkpoints=folder / "checkpoints",
         )
+        student.watch([])
     with job.stage("evaluate", "on the test split"):
         baseline_result = stages.evaluate(job, baseline, "baseline").result if baseline is not None else None
         student_result = stages.evaluate(job, student, "student").result
@@ -120,6 +127,7 @@ def finish(document: dict[str, Any], settings: Settings) -> None:
     tracking.finish(settings.loggers, flat | {f"ratios/{key}": value for key, value in document["ratios"].items()})
     if (settings.folder / "metrics.csv").exists():
         plots.curves(settings.folder / "metrics.csv", settings.folder / "curves.png")
+        plots.terms(settings.folder / "metrics.csv", list(document["loss"]), settings.folder / "terms.png")
     plots.tradeoff(document, settings.folder / "tradeoff.png")
     report.write(document, settings.folder)
     settings.console.print(report.summary(document))

@@ -12,11 +12,12 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
 from torch import nn
 
 from distill import fingerprint, store
 from distill.build import build
-from distill.cache import teacher_logits
+from distill.cache import CachedTeacher, ask
 from distill.callbacks.evaluation import Evaluation
 from distill.callbacks.progress import StageProgress
 from distill.callbacks.stacking import ProgressiveStacking
@@ -28,10 +29,10 @@ from distill.exported import measure
 from distill.features import Tapped, TappedImage, TappedText
 from distill.fit import Schedule, Settings, fit, interruptible, trainer
 from distill.layout import EXPORT
-from distill.losses import CrossEntropy, LossSum
+from distill.losses import CrossEntropy, LossSum, Row
 from distill.module import DistillModule
 from distill.schema import STAGES
-from distill.teacher import CachedLogits, FrozenTeacher, Teacher
+from distill.teacher import FrozenTeacher, Teacher
 from students.bert import start_from
 
 
@@ -101,7 +102,7 @@ def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
     # Only random layers start as identities.
     stacking = options["stacking"] if job.cfg.teacher.weights == "scratch" else None
     callbacks = [ProgressiveStacking(transformer_layers(network), stacking)] if stacking is not None else []
-    loss = LossSum({"ce": CrossEntropy(label_smoothing=options["label_smoothing"])})
+    loss = LossSum({"ce": CrossEntropy(label_smoothing=options["label_smoothing"])}, job.data.task)
     scratch = job.settings.folder / "checkpoints" / "teacher"
     keep = "best" if stacking is None else "last"
     fit(
@@ -134,18 +135,22 @@ def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
     return network, Path(job.cfg.store).expanduser() / "teachers" / key[:20]
 
 
-def teacher_stage(job: Job, schedule: Schedule) -> tuple[FrozenTeacher, dict[str, Any]]:
+def teacher_stage(
+    job: Job, network: Tapped, folder: Path | None, schedule: Schedule
+) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Load or train the teacher, measure it, and refuse to go on with one that has learnt nothing.
 
     A teacher that was trained here is stored under the fingerprint of its initial weights (which hold architecture,
     seed and what was loaded), the data and the recipe; the next run with the same fingerprint starts from it.
+
+    Args:
+        network, folder: from `initial_teacher`.
 
     Raises:
         UserError: it is no better than always naming the most frequent class, and `teacher.allow_weak` is not set.
     """
     cfg = job.cfg.teacher
     with job.stage("teacher", f"{cfg.name}, weights: {cfg.weights}"):
-        network, folder = initial_teacher(job)
         if folder is not None and folder.exists():
             store.load_teacher(folder, network)
             job.say(f"  reused from {folder}")
@@ -180,8 +185,8 @@ def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Sched
         if schedule.augment
         else None
     )
-    if loss.needs:
-        reason = f"can't be used: the loss reads {', '.join(loss.needs)}"
+    if read := loss.taps()[1]:
+        reason = f"can't be used: the loss reads {', '.join(read)}"
     if reason:
         job.say(f"cache {reason}; the teacher runs in every step")
         return teacher
@@ -192,21 +197,50 @@ def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Sched
         logits = store.load_logits(path, (job.data.sizes["train"], len(job.data.label_names)))
         if logits is None:
             device = trainer(job.settings).strategy.root_device
-            logits = teacher_logits(teacher, job.data, device, job.settings.console)
+            logits = ask(teacher, job.data, device, job.settings.console).logits
             if not job.cfg.trainer.smoke:
                 store.save_logits(path, logits)
         else:
             job.say(f"  reused from {path}")
-    return CachedLogits(logits)
+    return CachedTeacher(logits)
 
 
-def new_student(job: Job, teacher: FrozenTeacher | None = None) -> Tapped:
-    """A student with the run's seed; started from the teacher's layers if a teacher is given and the pair says so."""
+def new_student(job: Job) -> Tapped:
+    """A student from random weights with the run's seed."""
     pl.seed_everything(job.settings.seed, verbose=False)
-    student = build(job.cfg.student.network, Tapped, **job.data.network_facts)
-    if teacher is not None and job.cfg.student.init_layers is not None:
-        start_from(student, teacher.network, list(job.cfg.student.init_layers))
-    return student
+    return build(job.cfg.student.network, Tapped, **job.data.network_facts)
+
+
+def start(job: Job, student: Tapped, teacher: Tapped) -> None:
+    """Copy the teacher's layers that the pair names into the student.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    if job.cfg.student.init_layers is not None:
+        start_from(student, teacher, job.cfg.student.init_layers)
+
+
+def attach(job: Job, loss: LossSum, student: Tapped, teacher: Tapped) -> None:
+    """Connect the loss to the pair and print what learns from what, before anything is trained.
+
+    Raises:
+        UserError: a term, or the student's start from the teacher, does not fit the pair.
+    """
+    start(job, student, teacher)
+    batch = next(iter(job.data.loader("val", batch_size=2)))
+    rows = loss.attach(student, teacher if loss.needs_teacher else None, batch, job.data.sizes["train"])
+    if rows:
+        job.settings.console.print(layer_table(rows))
+
+
+def layer_table(rows: list[Row]) -> Table:
+    """What learns from what; shapes are those of one example."""
+    table = Table("term", "teacher tap", "student tap", "shapes", "how", "parameters", title_justify="left")
+    for row in rows:
+        shapes = " → ".join("×".join(map(str, shape[1:])) for shape in (row.teacher_shape, row.student_shape))
+        table.add_row(row.term, row.teacher, row.student, shapes, row.how, f"{row.parameters:,}")
+    return table
 
 
 def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None:
@@ -216,9 +250,9 @@ def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None
         return None
     with job.stage("baseline", "the same student without the teacher"):
         network = new_student(job)
-        term = dict(loss.terms.items()).get("ce")
+        term = dict(loss.items()).get("ce")
         smoothing = term.label_smoothing if isinstance(term, CrossEntropy) else 0.0
-        alone = LossSum({"ce": CrossEntropy(label_smoothing=smoothing)})
+        alone = LossSum({"ce": CrossEntropy(label_smoothing=smoothing)}, job.data.task)
         checkpoints = job.settings.folder / "checkpoints" / "baseline"
         fit(
             network,
@@ -276,29 +310,13 @@ def card_of(job: Job, document: dict[str, Any] | None) -> Card:
     )
 
 
-def check(job: Job, loss: LossSum, student: Tapped, teacher: FrozenTeacher) -> None:
-    """Evaluate the loss on two examples before anything is trained on it, and leave the student as it was.
-
-    Raises:
-        UserError: a term does not fit the pair.
-    """
-    try:
-        for network in (student, teacher.network) if loss.needs else ():
-            network.watch(loss.needs)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    batch = next(iter(job.data.loader("val", batch_size=2)))
-    student.eval()
-    with torch.no_grad():
-        loss.check(student(batch), teacher(batch) if loss.needs_teacher else None, batch)
-    student.train()
-
-
 def evaluate(job: Job, network: Tapped, stage: str) -> Evaluation:
     """Measure a network on the test split."""
     options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True))
     evaluation = Evaluation(job.data.sample(), len(job.data.label_names), job.teacher_says, **options)
-    module = DistillModule(network, LossSum({"ce": CrossEntropy()}), stage=stage, num_labels=len(job.data.label_names))
+    module = DistillModule(
+        network, LossSum({"ce": CrossEntropy()}, job.data.task), stage=stage, num_labels=len(job.data.label_names)
+    )
     progress = StageProgress(stage, job.settings.console)
     with interruptible():
         trainer(job.settings, [progress, evaluation]).test(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.features import Batch, Features, Tapped
 
@@ -37,19 +37,3 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Features:
         return self.network(batch)
-
-
-class CachedLogits:
-    """The teacher's logits, looked up by the example's index in the training split.
-
-    Args:
-        logits: [N, C], row i is the teacher's answer to training example i. Only valid where the student sees exactly
-            what the teacher saw, so not with random augmentation.
-    """
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-    def __call__(self, batch: Batch) -> Features:
-        self.logits = self.logits.to(batch["index"].device)
-        return Features(logits=self.logits[batch["index"]])

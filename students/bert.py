@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from distill.errors import UserError
 from distill.features import Tapped, TappedText
+from distill.layers import resolve
 
 SHAPES = (
     *("hidden_size", "intermediate_size", "num_attention_heads"),
@@ -17,11 +18,20 @@ SHAPES = (
 )
 """What has to be equal for layers and embeddings of one BERT to fit into another."""
 
+STARTS = ("uniform", "first", "last")
+"""Layer maps that a student can start from."""
+
 
 def places(backbone: BertForSequenceClassification) -> dict[str, str]:
-    """Taps of a BERT: `embeddings`, then `layer1` to `layerN` (hidden states [B, L, D] after each layer)."""
+    """Taps of a BERT: `embeddings`; `layer1` to `layerN`, the hidden states [B, L, D] after each layer; `pooled` [B, D];
+    and `layerN.query`, `layerN.key`, `layerN.value`, the projections [B, L, D] inside each layer."""
     layers = {f"layer{i + 1}": f"bert.encoder.layer.{i}" for i in range(backbone.config.num_hidden_layers)}
-    return {"embeddings": "bert.embeddings", **layers}
+    inside = {
+        f"{name}.{part}": f"{path}.attention.self.{part}"
+        for name, path in layers.items()
+        for part in ("query", "key", "value")
+    }
+    return {"embeddings": "bert.embeddings", **layers, "pooled": "bert.pooler", **inside}
 
 
 def bert(
@@ -69,30 +79,67 @@ def bert(
     return TappedText(backbone, places(backbone))
 
 
+def chosen(start: str | Sequence[int], student: Tapped, teacher: Tapped) -> list[int]:
+    """Numbers, from 0, of the teacher's layers that a student starts from, one for each of its own.
+
+    Args:
+        start: "uniform" (every k-th, the last included), "first" or "last", as in `distill.layers.resolve`; the numbers
+            themselves; or "embeddings" for no layer.
+
+    Raises:
+        UserError: it is none of these, or does not fit the depths.
+    """
+    depth = len(teacher.layers)
+    if start == "embeddings":
+        return []
+    if isinstance(start, str):
+        if start not in STARTS:
+            raise UserError(
+                f"init_layers={start}: there are {', '.join(STARTS)}, embeddings, and numbers such as [0,6]"
+            )
+        try:
+            links = resolve(start, student.layers, teacher.layers, [])
+        except ValueError as error:
+            raise UserError(f"init_layers={start}: {error}") from error
+        return [teacher.layers.index(link.teacher) for link in links]
+    if len(start) != len(student.layers) or not all(type(i) is int and 0 <= i < depth for i in start):
+        raise UserError(
+            f"init_layers={list(start)}: need {len(student.layers)} numbers from 0 to {depth - 1}, or one of "
+            f"{', '.join(STARTS)}, embeddings"
+        )
+    return list(start)
+
+
 @torch.no_grad()
-def start_from(student: Tapped, teacher: Tapped, layers: Sequence[int]) -> None:
-    """Copy embeddings, pooler, classifier and these layers (from 0) of a teacher of the same width into the student.
+def start_from(student: Tapped, teacher: Tapped, start: str | Sequence[int]) -> None:
+    """Copy a teacher's embeddings and these layers into a student of the same width; with layers, the pooler and the
+    classifier too.
 
     Source: Sanh et al., "DistilBERT" (2019), section 3, takes one layer out of two.
 
+    Args:
+        start: see `chosen`.
+
     Raises:
-        UserError: widths differ (nothing is truncated), or the layers are not as many as the student has, or do not
-            exist.
+        UserError: the networks are no BERTs, widths differ (nothing is truncated), or the layers do not fit.
     """
     small: Any = student.backbone
     big: Any = teacher.backbone
-    depth = big.config.num_hidden_layers
+    shown = start if isinstance(start, str) else list(start)
+    if not all(type(network) is BertForSequenceClassification for network in (small, big)):
+        raise UserError(
+            f"init_layers={shown}: only a BERT starts from a teacher's layers; use student.init_layers=null"
+        )
+    layers = chosen(start, student, teacher)
     for name in SHAPES:
         if getattr(small.config, name) != getattr(big.config, name):
             raise UserError(
-                f"init_layers={list(layers)}: {name} of the student is {getattr(small.config, name)}, of the teacher "
+                f"init_layers={shown}: {name} of the student is {getattr(small.config, name)}, of the teacher "
                 f"{getattr(big.config, name)}; only equal shapes are copied, use student.init_layers=null"
             )
-    if len(layers) != small.config.num_hidden_layers or not all(0 <= i < depth for i in layers):
-        raise UserError(
-            f"init_layers={list(layers)}: need {small.config.num_hidden_layers} numbers from 0 to {depth - 1}"
-        )
     small.bert.embeddings.load_state_dict(big.bert.embeddings.state_dict())
+    if not layers:
+        return
     small.bert.pooler.load_state_dict(big.bert.pooler.state_dict())
     small.classifier.load_state_dict(big.classifier.state_dict())
     for mine, index in zip(small.bert.encoder.layer, layers, strict=True):

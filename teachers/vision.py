@@ -29,9 +29,10 @@ LOAD_ERRORS = (
 """What the loaders raise for weights that are absent, damaged, unsafe or of another network."""
 
 
-def stages(paths: Sequence[str]) -> dict[str, str]:
-    """Taps `stage1`, `stage2`, … at these modules, in order of depth; features [B, D, H, W]."""
-    return {f"stage{i}": path for i, path in enumerate(paths, start=1)}
+def taps(stages: Sequence[str], pooled: str) -> dict[str, str]:
+    """Taps `stage1`, `stage2`, … at these modules, in order of depth: feature maps [B, D, H, W]; and `pooled`: what
+    the classifier reads [B, D]."""
+    return {**{f"stage{i}": path for i, path in enumerate(stages, start=1)}, "pooled": pooled}
 
 
 def network(

@@ -15,12 +15,12 @@ from tiny import Images, Linear, Text, bert, cnn, schedule, settings, train
 from torch import Tensor, nn
 
 from distill import fingerprint
-from distill.cache import teacher_logits
+from distill.cache import CachedTeacher, ask
 from distill.errors import UserError
 from distill.fit import Schedule, fit
 from distill.losses import CrossEntropy, LogitsKL, LossSum
 from distill.module import DistillModule, parameter_groups, warmup_cosine
-from distill.teacher import CachedLogits, FrozenTeacher, Teacher
+from distill.teacher import FrozenTeacher, Teacher
 
 
 def loss() -> LossSum:
@@ -91,7 +91,7 @@ def digest(folder: Path, family: str, seed: int, drawn_before: int = 0) -> str:
     options = settings(folder)
     object.__setattr__(options, "seed", seed)
     torch.rand(drawn_before)
-    teacher = CachedLogits(torch.randn(24, 3, generator=torch.Generator().manual_seed(3)))
+    teacher = CachedTeacher(torch.randn(24, 3, generator=torch.Generator().manual_seed(3)))
     fit(network, loss(), data, schedule(augment=True), options, stage="student", teacher=teacher, checkpoints=folder)
     return fingerprint.of_weights(network)
 
@@ -125,22 +125,22 @@ def test_stored_logits_train_as_the_teacher_itself_and_swapped_rows_do_not(tmp_p
     teacher = FrozenTeacher(bert(3, seed=1))
     with torch.no_grad():
         teacher.network.backbone.classifier.weight.mul_(50)  # type: ignore
-    table = teacher_logits(teacher, Text(), torch.device("cpu"), Console(quiet=True), batch_size=5)
+    table = ask(teacher, Text(), torch.device("cpu"), Console(quiet=True), batch_size=5).logits
     losses, weights = course(tmp_path / "online", teacher)
-    stored_losses, stored_weights = course(tmp_path / "stored", CachedLogits(table))
+    stored_losses, stored_weights = course(tmp_path / "stored", CachedTeacher(table))
     assert len(losses) == 12
     assert stored_losses == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(stored_weights, weights, rtol=1e-4, atol=1e-5)
 
     table[[3, 17]] = table[[17, 3]]
-    swapped_losses, swapped_weights = course(tmp_path / "swapped", CachedLogits(table))
+    swapped_losses, swapped_weights = course(tmp_path / "swapped", CachedTeacher(table))
     assert swapped_losses != pytest.approx(losses, rel=1e-5)
     assert not torch.allclose(swapped_weights, weights, rtol=1e-4, atol=1e-5)
 
 
 def test_the_table_has_a_row_for_every_example() -> None:
     teacher, data = FrozenTeacher(Linear()), Images(size=2)
-    table = teacher_logits(teacher, data, torch.device("cpu"), Console(quiet=True), batch_size=5)
+    table = ask(teacher, data, torch.device("cpu"), Console(quiet=True), batch_size=5).logits
     pixels = (data.splits["train"][0] / 255).expand(-1, 3, -1, -1)
     torch.testing.assert_close(table, teacher({"pixels": pixels}).logits)
 
@@ -149,7 +149,7 @@ def test_an_answer_that_is_not_finite_is_not_stored() -> None:
     network = Linear()
     nn.init.constant_(network.backbone[1].bias, torch.nan)  # type: ignore
     with pytest.raises(FloatingPointError):
-        teacher_logits(FrozenTeacher(network), Images(size=2), torch.device("cpu"), Console(quiet=True))
+        ask(FrozenTeacher(network), Images(size=2), torch.device("cpu"), Console(quiet=True)).logits
 
 
 def test_mixed_precision_trains_with_clipping(tmp_path: Path) -> None:

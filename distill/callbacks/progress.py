@@ -57,10 +57,11 @@ class StageProgress(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loss = trainer.callback_metrics.get(f"{self.stage}/train_loss")
-        accuracy = trainer.callback_metrics.get(f"{self.stage}/val_accuracy")
+        metric = getattr(module, "metric", "accuracy")
+        score = trainer.callback_metrics.get(f"{self.stage}/val_{metric}")
         parts = [f"{self.stage:<9}epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
         parts += [f"loss {float(loss):.3f}"] if loss is not None else []
-        parts += [f"val accuracy {float(accuracy):.3f}"] if accuracy is not None else []
+        parts += [f"val {metric} {float(score):.3f}"] if score is not None else []
         self.console.print("  " + "  ".join(parts), highlight=False)
 
     def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -16,6 +16,7 @@ class DataSet(ABC):
 
     Attributes:
         name: of the data set.
+        task: what labels and logits mean, one of `distill.losses.TASKS`.
         label_names: one a class, in the order of the logits.
         sizes: number of examples in "train", "val" and "test".
         fingerprint: sha256 hex over everything that decides an example.
@@ -23,6 +24,7 @@ class DataSet(ABC):
     """
 
     name: str
+    task: str = "multiclass"
     label_names: list[str]
     sizes: dict[str, int]
 
