@@ -25,9 +25,8 @@ from rich.console import Console
 
 from distill import report, stages, store
 from distill.app import CONF
-from distill.build import build, build_all
+from distill.build import build_all
 from distill.cache import CachedTeacher, ask
-from distill.data.base import DataSet
 from distill.errors import UserError
 from distill.exported import answers
 from distill.features import Tapped
@@ -55,7 +54,7 @@ class Bench:
     def __init__(self, overrides: list[str], seeds: list[int], folder: Path, console: Console) -> None:
         self.overrides, self.seeds, self.folder, self.console = overrides, seeds, folder, console
         self.cfg = compose([*overrides, f"seed={seeds[0]}"])
-        self.data = build(self.cfg.data, DataSet)
+        self.data = stages.data_set(self.cfg)
         job = self.job(self.cfg)
         self.teacher, kept = stages.initial_teacher(job)
         if kept is None or not kept.exists():

@@ -11,9 +11,8 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 
 from distill import fingerprint, plots, report, stages, tracking
-from distill.build import build, build_all
+from distill.build import build_all
 from distill.callbacks.diagnostics import Diagnostics
-from distill.data.base import DataSet
 from distill.fit import Schedule, Settings, check_trainer, fit
 from distill.losses import LossSum, LossTerm
 from distill.quiet import quiet
@@ -39,9 +38,7 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     )
     arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
     check_trainer(arguments)
-    if cfg.data.get("tokenizer") == "auto":
-        cfg.data.tokenizer = None if cfg.teacher.weights == "scratch" else stages.teacher_source(cfg.teacher)
-    data = build(cfg.data, DataSet)
+    data = stages.data_set(cfg)
     loss = LossSum(build_all(cfg.loss, LossTerm), data.task)
 
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))

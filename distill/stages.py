@@ -68,6 +68,14 @@ def teacher_source(teacher: DictConfig) -> str:
     return str(teacher.hub if teacher.weights == "hub" else teacher.weights)
 
 
+def data_set(cfg: DictConfig) -> DataSet:
+    """The data of a configuration, in which `data.tokenizer: auto` becomes the teacher's own where its weights are
+    loaded."""
+    if cfg.data.get("tokenizer") == "auto":
+        cfg.data.tokenizer = None if cfg.teacher.weights == "scratch" else teacher_source(cfg.teacher)
+    return build(cfg.data, DataSet)
+
+
 def transformer_layers(network: Tapped) -> nn.ModuleList:
     """The layers that progressive stacking switches on one after another."""
     layers = dict(network.backbone.named_modules()).get("bert.encoder.layer")
