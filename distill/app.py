@@ -3,6 +3,7 @@ imported."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -43,7 +44,9 @@ def _task(cfg: DictConfig) -> None:
         preflight(cfg, list(hydra_cfg.overrides.task))
         from distill.run import run
 
-        command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
+        own = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
+        options = ["--config-dir", *own] if own else []
+        command = shlex.join(["python", "train.py", *options, *hydra_cfg.overrides.task])
         run(cfg, folder, name=f"{choices['model']}_{choices['student']}", command=command)
     except (UserError, OmegaConfBaseException) as error:
         remove_if_empty(folder)
@@ -110,22 +113,31 @@ def explain(error: Exception, argv: list[str]) -> str:
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if missing := re.search(r"Could not (?:find|load) '([\w/.-]+)'", text):
         group, _, option = missing[1].rpartition("/")
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        options = sorted({path.stem for folder in folders(argv) for path in (folder / group).glob("*.yaml")})
         if group == "pair":
             return f"no pair {option!r}: this teacher has no such student; supported pairs: {', '.join(options)}"
         return f"{group}={option}: no such option; there are: {', '.join(options)}"
     if override := re.search(r"Could not override '([\w./@-]+)'", text):
         return unknown_key(override[1], known_keys(argv))
     if group := re.search(r"Could not override '([\w/]+)'\.\s*No match in the defaults list", text):
-        return (
-            f"unknown group {group[1]!r}; there are: {', '.join(sorted(p.name for p in CONF.iterdir() if p.is_dir()))}"
-        )
+        groups = sorted({path.name for folder in folders(argv) for path in folder.iterdir() if path.is_dir()})
+        return f"unknown group {group[1]!r}; there are: {', '.join(groups)}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
+def folders(argv: list[str]) -> list[Path]:
+    """Where configuration files are: `conf/`, and the folder that `--config-dir` gives."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    own = parser.parse_known_args(argv)[0].config_dir
+    return [CONF.resolve(), *([own.resolve()] if own is not None and own.is_dir() else [])]
+
+
 def known_keys(argv: list[str]) -> list[str]:
-    """Every key of the configuration with the user's choice of groups (options of `conf/`) and none of the values."""
-    groups = {path.parent.name for path in CONF.glob("*/*.yaml")}
+    """Every key of the configuration with the user's choice of groups (options in `folders`) and none of the values."""
+    conf, *own = folders(argv)
+    groups = {path.parent.name for folder in (conf, *own) for path in folder.glob("*/*.yaml")}
     choices = [item for item in argv if item.partition("=")[0] in groups]
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return sorted({*keys(hydra.compose("config", choices)), *groups})
+    search = [f"hydra.searchpath=['file://{folder}']" for folder in own]
+    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        return sorted({*keys(hydra.compose("config", [*choices, *search])), *groups})

@@ -1,98 +1,105 @@
-"""Ask the teacher once per training example instead of once per example and epoch."""
+"""What the teacher says of the training split, on the disk: asked once an example and view, not in every step."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from distill.callbacks.progress import stage_bar
-from distill.data.base import DataSet
+from distill import fingerprint
 from distill.features import Batch, Features
-from distill.teacher import FrozenTeacher
+from distill.shards import Columns, Shards, Table
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-class Ragged:
-    """One [L, D] of its own length for each example, without padding.
+@dataclass(frozen=True)
+class Contents:
+    """All that decides what a cache holds: other contents, another key.
 
-    Args:
-        values: [sum of lengths, D].
-        starts, lengths: [N]: the rows of example i begin at `starts[i]`.
+    Attributes:
+        teacher: sha256 of the weights.
+        network: sha256 of what weights do not tell, such as strides and activations.
+        data: fingerprint of the data set.
+        examples, classes: N of the training split, C.
+        augment, views, seed: of the student's inputs; without augmentation there is one view, and no seed.
+        precision: of the trainer, under which the teacher was asked.
+        dtype: name of the floats' type.
+        top_k: how many logits of an example are kept; None for all.
+        taps: name -> D of the taps [B, D] that are kept besides the logits.
+        shard: rows of a shard.
     """
 
-    def __init__(self, values: Tensor, starts: Tensor, lengths: Tensor) -> None:
-        self.values, self.starts, self.lengths = values, starts, lengths
+    teacher: str
+    network: str
+    data: str
+    examples: int
+    classes: int
+    augment: bool
+    views: int
+    seed: int | None
+    precision: str
+    dtype: str
+    top_k: int | None
+    taps: dict[str, int]
+    shard: int
+    format: int = field(default=FORMAT, init=False)
 
-    def rows(self, index: Tensor, length: int) -> Tensor:
-        """[B, length, D] for examples [B]; what is behind an example's end means nothing."""
-        places = self.starts[index, None] + torch.arange(length)
-        return self.values[places.clamp_max(len(self.values) - 1)]
+    @property
+    def columns(self) -> Columns:
+        dtype, kept = DTYPES[self.dtype], self.top_k
+        taps: Columns = {f"tap.{name}": (dtype, (width,)) for name, width in self.taps.items()}
+        if kept is None:
+            return {"logits": (dtype, (self.classes,)), **taps}
+        return {"values": (dtype, (kept,)), "indices": (torch.int32, (kept,)), "tail": (dtype, ()), **taps}
+
+    def shards(self, root: Path) -> Shards:
+        """The place for these contents, a folder in `root` that is named after the key."""
+        key = fingerprint.of_values(asdict(self))
+        return Shards(root / key[:20], self.views * self.examples, self.shard, self.columns)
+
+
+def pack(logits: Tensor, dtype: torch.dtype, top_k: int | None) -> dict[str, Tensor]:
+    """Logits [B, C] as they are stored: in `dtype`, all of them, or the `top_k` largest of each example, their places,
+    and the log-sum-exp of the others."""
+    if top_k is None:
+        return {"logits": logits.to(dtype)}
+    values, indices = logits.topk(top_k, dim=1)
+    tail = logits.scatter(1, indices, -torch.inf).logsumexp(dim=1)
+    return {"values": values.to(dtype), "indices": indices.int(), "tail": tail.to(dtype)}
+
+
+def unpack(columns: dict[str, Tensor], classes: int) -> Tensor:
+    """Logits [B, C] float32 of what `pack` gave.
+
+    Logits that were not kept are equal, and as large as gives their log-sum-exp: at temperature 1 the probabilities of
+    the `top_k` are exact.
+    """
+    if "logits" in columns:
+        return columns["logits"].float()
+    values, indices, tail = columns["values"].float(), columns["indices"].long(), columns["tail"].float()
+    rest = tail - math.log(classes - values.shape[1])
+    return rest[:, None].repeat(1, classes).scatter(1, indices, values)
 
 
 class CachedTeacher:
-    """What the teacher said of the training split, looked up by an example's index.
-
-    Only valid where the student sees exactly what the teacher saw, so not with random augmentation.
+    """What the teacher said, looked up by an example's view and index.
 
     Args:
-        logits: [N, C].
-        hidden: tap -> [N, ...], or `Ragged` for taps with a token dimension.
+        table: row view · N + index.
         heads: as in `Features`.
     """
 
-    def __init__(
-        self, logits: Tensor, hidden: dict[str, Tensor | Ragged] | None = None, heads: int | None = None
-    ) -> None:
-        self.logits, self.hidden, self.heads = logits, hidden or {}, heads
+    def __init__(self, table: Table, contents: Contents, heads: int | None = None) -> None:
+        self.table, self.contents, self.heads = table, contents, heads
 
     def __call__(self, batch: Batch) -> Features:
-        device, index, mask = batch["index"].device, batch["index"].cpu(), batch.get("attention_mask")
-        hidden = {
-            name: table.rows(index, 0 if mask is None else mask.shape[1]) if isinstance(table, Ragged) else table[index]
-            for name, table in self.hidden.items()
-        }
-        return Features(
-            self.logits[index].to(device), {name: rows.to(device) for name, rows in hidden.items()}, mask, self.heads
-        )
-
-
-@torch.no_grad()
-def ask(
-    teacher: FrozenTeacher, data: DataSet, device: torch.device, console: Console, batch_size: int = 128
-) -> CachedTeacher:
-    """Run the teacher over the training split, without augmentation, and keep logits and watched taps in fp32 in
-    memory.
-
-    Raises:
-        FloatingPointError: logits that are not finite, or an example that was not visited.
-    """
-    teacher.to(device)
-    total = data.sizes["train"]
-    logits = torch.full((total, len(data.label_names)), torch.nan)
-    starts, lengths, used = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.long), 0
-    parts: dict[str, list[Tensor]] = {}
-    order: list[Tensor] = []
-    ragged: set[str] = set()
-    with stage_bar(console) as bar:
-        for batch in bar.track(data.loader("train", batch_size=batch_size), description="teacher's answers"):
-            batch = {key: value.to(device) for key, value in batch.items()}
-            features, index = teacher(batch), batch["index"].cpu()
-            logits[index] = features.logits.float().cpu()
-            order.append(index)
-            if features.mask is not None:
-                counts = features.mask.sum(dim=1).cpu()
-                starts[index], lengths[index] = used + counts.cumsum(0) - counts, counts
-                used += int(counts.sum())
-            for name, states in features.hidden.items():
-                if features.mask is not None and states.ndim == 3:
-                    ragged.add(name)
-                    states = states[features.mask.bool()]
-                parts.setdefault(name, []).append(states.float().cpu())
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("the teacher's logits are not finite, or not every training example was visited")
-    by_index = torch.cat(order).argsort()
-    hidden = {
-        name: Ragged(torch.cat(pieces), starts, lengths) if name in ragged else torch.cat(pieces)[by_index]
-        for name, pieces in parts.items()
-    }
-    return CachedTeacher(logits, hidden, teacher.network.heads)
+        device = batch["index"].device
+        columns = self.table[(batch["view"] * self.contents.examples + batch["index"]).cpu()]
+        logits = unpack(columns, self.contents.classes).to(device)
+        hidden = {name: columns[f"tap.{name}"].float().to(device) for name in self.contents.taps}
+        return Features(logits, hidden, batch.get("attention_mask"), self.heads)

@@ -233,7 +233,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 def _weight(value: Any) -> str:
     if not isinstance(value, dict):
         return f"{value:g}"
-    rest = ", ".join(f"{key} {item}" for key, item in value.items() if key != "weight")
+    rest = ", ".join(f"{key} {item}" for key, item in value.items() if key != "weight" and item is not None)
     return f"{value.get('weight', 1):g}" + (f" ({rest})" if rest else "")
 
 

@@ -65,6 +65,7 @@ class Tapped(nn.Module):
                 )
         self.backbone = backbone
         self.places = dict(places)
+        self.watched: list[str] = []
         self._captured: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -89,6 +90,7 @@ class Tapped(nn.Module):
             raise ValueError(
                 f"no tap {unknown[0]!r} in {type(self.backbone).__name__}; there are: {', '.join(self.places)}"
             )
+        self.watched = wanted
         for handle in self._handles:
             handle.remove()
         self._handles = [

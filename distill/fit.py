@@ -133,6 +133,7 @@ def fit(
     *,
     stage: str,
     teacher: Teacher | None = None,
+    views: int | None = None,
     callbacks: Sequence[pl.Callback] = (),
     checkpoints: Path,
     weights_only: bool = False,
@@ -141,6 +142,7 @@ def fit(
     """Train, keep one epoch, and return the module with its weights.
 
     Args:
+        views: random augmentation starts over after this many epochs; None for new views in every epoch.
         checkpoints: folder for `best.ckpt` and, unless `weights_only`, `last.ckpt`.
         weights_only: leave optimiser and scheduler out of the checkpoint.
         keep: "best", the latest of the epochs with the best validation accuracy, or "last".
@@ -163,7 +165,7 @@ def fit(
     with interruptible():
         worker.fit(
             module,
-            data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed),
+            data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed, views=views),
             data.loader("val", batch_size=max(batch_size, 128)),
         )
     load_weights(module, best.best_model_path)

@@ -47,10 +47,15 @@ def resolve(
         ValueError: no such map; a tap that is not there, with those that are; or a map that has no layer to map, such
             as "skip" for a student of one layer, or "first" where the student is deeper than the teacher.
     """
-    if not isinstance(layers, str):
+    if isinstance(layers, Sequence) and not isinstance(layers, str) and layers:
         return [_link(pair, *taps) for pair in layers]
     s, t = len(student), len(teacher)
-    if layers not in NAMES:
+    if not (s and t):
+        raise ValueError(
+            f"layers={layers}: the {'teacher' if s else 'student'} has no taps called layerN or stageN; name pairs "
+            "[[teacher tap, student tap]]"
+        )
+    if not isinstance(layers, str) or layers not in NAMES:
         raise ValueError(
             f"layers={layers}: no such layer map; there are {', '.join(NAMES)}, or pairs such as "
             f"[[{teacher[-1]},{student[-1]}]] (teacher first)"
@@ -73,7 +78,7 @@ def resolve(
 
 
 def _link(pair: Sequence[str], student_taps: Sequence[str], teacher_taps: Sequence[str]) -> Link:
-    if isinstance(pair, str) or len(pair) != 2:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise ValueError(f"layers: {pair} is not a pair [teacher tap, student tap]")
     for name, taps, who in ((pair[1], student_taps, "student"), (pair[0], teacher_taps, "teacher")):
         if name not in taps:

@@ -19,7 +19,7 @@ from distill.teacher import Teacher
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
-    """Optimiser groups of a module: weight decay for matrices and kernels, none for what has fewer than 2 dimensions."""
+    """Optimiser groups of a module: weight decay for matrices and kernels, none for what has under 2 dimensions."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     split = ([p for p in parameters if p.ndim >= 2], weight_decay), ([p for p in parameters if p.ndim < 2], 0.0)
     return [{"params": params, "weight_decay": decay, "lr": lr} for params, decay in split if params]
@@ -102,21 +102,37 @@ class DistillModule(pl.LightningModule):
         total, self.values = self.loss(self.student(batch), teacher, batch)
         if not torch.isfinite(total):
             raise UserError(
-                f"the loss is not finite at step {self.global_step} of stage {self.stage}: {told(self.values)}; lower "
-                "optim.lr, the weight of that term, or use trainer.precision=32-true; checkpoints/ has the last good epoch"
+                f"the loss is not finite at step {self.global_step} of stage {self.stage}: "
+                f"{told(self.values, self.loss.weights)}; "
+                "lower optim.lr, the weight of that term, or use trainer.precision=32-true; checkpoints/ has the last "
+                "good epoch"
             )
-        logged = {"loss": total, **(self.values if len(self.values) > 1 else {})}
-        self.log_dict(
-            {f"{self.stage}/train_{name}": value.detach() for name, value in logged.items()},
-            batch_size=len(batch["labels"]),
-        )
+        self.log(f"{self.stage}/train_loss", total.detach(), batch_size=len(batch["labels"]))
+        self.log_terms(batch_idx)
         return total
+
+    def log_terms(self, batch_idx: int) -> None:
+        """The unweighted value of each of several terms, as often as Lightning logs.
+
+        Not by `self.log`, which repeats the last value of a term that was switched off until the epoch ends.
+        """
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if len(self.loss.terms) > 1 and first and (self.global_step + 1) % every == 0:
+            figures = {f"{self.stage}/train_{name}": value.item() for name, value in self.values.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(figures, step=self.global_step)
 
     def on_after_backward(self) -> None:
         self.values = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_metric(self.student(batch).logits, batch["labels"])
+        logits, labels = self.student(batch).logits.float(), batch["labels"]
+        if self.loss.task == "multilabel":
+            logits = (logits > 0).int()  # the metric takes logits that are all within [0, 1] for probabilities
+        elif self.loss.task == "regression":
+            labels = labels.reshape(logits.shape)
+        self.val_metric.update(logits, labels)
         self.log(f"{self.stage}/val_{self.metric}", self.val_metric, on_epoch=True, batch_size=len(batch["labels"]))
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The pictures of a run: how the stages trained, what the terms of the loss did, and what was paid for what was gained."""
+"""The pictures of a run: how the stages trained, what the loss terms did, and what was paid for what was gained."""
 
 import csv
 import math
@@ -135,7 +135,10 @@ def terms(metrics_csv: str | Path, names: Sequence[str], path: str | Path) -> bo
         elif min((v.min() for (k, _), p in series.items() if k == kind and p for v in p[1:]), default=0) > 0:
             axes.set_yscale("log")
         _dress(axes, title, "step")
-    axes.legend(frameon=False)
+    # From all panels: a term that is alone in its stage of the training has values and no gradient norms.
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    shown = [name for name in names if name in lines]
+    axes.legend([lines[name] for name in shown], shown, frameon=False)
     _save(figure, path)
     return True
 

@@ -70,4 +70,9 @@ def ramp(schedule: Mapping[str, Any] | None) -> Ramp:
     known = Ramp.__dataclass_fields__
     if not isinstance(schedule, Mapping | None) or (schedule and set(schedule) - set(known)):
         raise UserError(f"schedule={schedule}: is null, or has some of {', '.join(known)}")
-    return Ramp(**(schedule or {}))
+    if not schedule:
+        return Ramp()
+    found = Ramp(**schedule)
+    if found.before == found.after == 1:
+        raise UserError(f"schedule={schedule}: changes nothing, since before and after are both 1")
+    return found

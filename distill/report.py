@@ -243,7 +243,10 @@ def to_markdown(report: dict[str, Any], plots: list[str] | None = None) -> str:
 
 
 def _weight(value: Any) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else f"{value:g}"
+    """Weight and parameters of a term, without those that are not set."""
+    if not isinstance(value, dict):
+        return f"{value:g}"
+    return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
 
 
 def summary(report: dict[str, Any]) -> Table:

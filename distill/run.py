@@ -12,6 +12,7 @@ from rich.console import Console
 
 from distill import fingerprint, plots, report, stages, tracking
 from distill.build import build_all
+from distill.cache_stage import Options, cache_obstacle, cache_stage, demand, obstacle
 from distill.callbacks.diagnostics import Diagnostics
 from distill.fit import Schedule, Settings, check_trainer, fit
 from distill.losses import LossSum, LossTerm
@@ -38,17 +39,21 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     )
     arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
     check_trainer(arguments)
+    options = Options(**cfg.cache)
     data = stages.data_set(cfg)
     loss = LossSum(build_all(cfg.loss, LossTerm), data.task)
+    if loss.needs_teacher:
+        demand(options, obstacle(options, data, schedule.augment, {}))  # before anything is written
+    console = Console()
+    diagnostics = Diagnostics(console=console, **cfg.callbacks.diagnostics)
 
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values())
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     for logger in loggers:
         logger.log_hyperparams(config)
-    settings = Settings(folder, cfg.seed, arguments, loggers, Console(), {"config": config})
+    settings = Settings(folder, cfg.seed, arguments, loggers, console, {"config": config})
     job = stages.Job(cfg, data, settings)
-    diagnostics = Diagnostics(console=settings.console, **cfg.callbacks.diagnostics)
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")
     sizes = " + ".join(f"{count:,} {split}" for split, count in data.sizes.items())
     job.say(f"data  {data.name}: {sizes} examples, {len(data.label_names)} classes")
@@ -56,10 +61,11 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     teacher_network, kept = stages.initial_teacher(job)
     student = stages.new_student(job)
     stages.attach(job, loss, student, teacher_network)
+    cache_obstacle(job, loss, teacher_network, schedule, options)
     teacher, teacher_result = stages.teacher_stage(job, teacher_network, kept, teacher_schedule)
     settings.provenance["teacher"] = fingerprint.of_weights(teacher.network)
     stages.start(job, student, teacher.network)
-    answers = stages.cache_stage(job, teacher, loss, schedule)
+    answers = cache_stage(job, teacher, loss, student, schedule, options)
     baseline = stages.baseline_stage(job, loss, schedule)
     with job.stage("distill", " + ".join(f"{term.weight:g} {key}" for key, term in loss.items())):
         loss.watch(student, teacher.network)
@@ -71,6 +77,7 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
             settings,
             stage="student",
             teacher=answers,
+            views=data.views,
             callbacks=[diagnostics],
             checkpoints=folder / "checkpoints",
         )
@@ -107,7 +114,7 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
         "gap_closed": report.gap_closed(
             accuracy(teacher_result), accuracy(student_result), accuracy(baseline_result) if baseline_result else None
         ),
-        "loss": {key: {k: v for k, v in node.items() if k != "_target_"} for key, node in cfg.loss.items()},
+        "loss": {key: {k: v for k, v in node.items() if k != "_target_"} for key, node in config["loss"].items()},
     }
     document["exports"] = stages.export_stage(job, student, document)
     finish(document, settings)

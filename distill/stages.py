@@ -17,7 +17,6 @@ from torch import nn
 
 from distill import fingerprint, store
 from distill.build import build
-from distill.cache import CachedTeacher, ask
 from distill.callbacks.evaluation import Evaluation
 from distill.callbacks.progress import StageProgress
 from distill.callbacks.stacking import ProgressiveStacking
@@ -32,7 +31,7 @@ from distill.layout import EXPORT
 from distill.losses import CrossEntropy, LossSum, Row
 from distill.module import DistillModule
 from distill.schema import STAGES
-from distill.teacher import FrozenTeacher, Teacher
+from distill.teacher import FrozenTeacher
 from students.bert import start_from
 
 
@@ -181,38 +180,6 @@ def teacher_stage(
     return FrozenTeacher(network), evaluation.result
 
 
-def cache_stage(job: Job, teacher: FrozenTeacher, loss: LossSum, schedule: Schedule) -> Teacher | None:
-    """What answers for the teacher in training: nothing where no term asks, its stored logits where they are all that
-    is asked for and every epoch shows the same inputs, else the network itself."""
-    if not loss.needs_teacher:
-        return None
-    reason = (
-        "is off"
-        if not job.cfg.cache
-        else "can't be used: the student's inputs are augmented"
-        if schedule.augment
-        else None
-    )
-    if read := loss.taps()[1]:
-        reason = f"can't be used: the loss reads {', '.join(read)}"
-    if reason:
-        job.say(f"cache {reason}; the teacher runs in every step")
-        return teacher
-    with job.stage("cache", f"the teacher's logits for {job.data.sizes['train']:,} training examples"):
-        weights = fingerprint.of_weights(teacher.network)
-        key = fingerprint.of_values({"teacher": weights, "data": job.data.fingerprint})
-        path = Path(job.cfg.store).expanduser() / "logits" / f"{key[:20]}.safetensors"
-        logits = store.load_logits(path, (job.data.sizes["train"], len(job.data.label_names)))
-        if logits is None:
-            device = trainer(job.settings).strategy.root_device
-            logits = ask(teacher, job.data, device, job.settings.console).logits
-            if not job.cfg.trainer.smoke:
-                store.save_logits(path, logits)
-        else:
-            job.say(f"  reused from {path}")
-    return CachedTeacher(logits)
-
-
 def new_student(job: Job) -> Tapped:
     """A student from random weights with the run's seed."""
     pl.seed_everything(job.settings.seed, verbose=False)
@@ -269,6 +236,7 @@ def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None
             schedule,
             job.settings,
             stage="baseline",
+            views=job.data.views,
             checkpoints=checkpoints,
             weights_only=True,
         )

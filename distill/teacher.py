@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -37,3 +38,14 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Features:
         return self.network(batch)
+
+
+def as_in_training(network: Teacher, worker: pl.Trainer) -> Teacher:
+    """The network as a training step asks it: on the trainer's device and in its precision."""
+
+    def answer(batch: Batch) -> Features:
+        batch = {key: value.to(worker.strategy.root_device) for key, value in batch.items()}
+        with worker.precision_plugin.train_step_context():
+            return network(worker.precision_plugin.convert_input(batch))
+
+    return answer

@@ -12,19 +12,19 @@ from distill.errors import UserError
 from distill.features import Tapped, TappedText
 from distill.layers import resolve
 
-SHAPES = (
-    *("hidden_size", "intermediate_size", "num_attention_heads"),
-    *("vocab_size", "max_position_embeddings", "type_vocab_size"),
-)
-"""What has to be equal for layers and embeddings of one BERT to fit into another."""
+EMBEDDING_SHAPES = ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
+"""What has to be equal for the embeddings of one BERT to fit into another."""
+
+LAYER_SHAPES = ("intermediate_size", "num_attention_heads")
+"""What has to be equal for its layers, besides."""
 
 STARTS = ("uniform", "first", "last")
 """Layer maps that a student can start from."""
 
 
 def places(backbone: BertForSequenceClassification) -> dict[str, str]:
-    """Taps of a BERT: `embeddings`; `layer1` to `layerN`, the hidden states [B, L, D] after each layer; `pooled` [B, D];
-    and `layerN.query`, `layerN.key`, `layerN.value`, the projections [B, L, D] inside each layer."""
+    """Taps of a BERT: `embeddings`; `layer1` to `layerN`, the hidden states [B, L, D] after each layer; `pooled`
+    [B, D]; and `layerN.query`, `layerN.key`, `layerN.value`, the projections [B, L, D] inside each layer."""
     layers = {f"layer{i + 1}": f"bert.encoder.layer.{i}" for i in range(backbone.config.num_hidden_layers)}
     inside = {
         f"{name}.{part}": f"{path}.attention.self.{part}"
@@ -102,12 +102,13 @@ def chosen(start: str | Sequence[int], student: Tapped, teacher: Tapped) -> list
         except ValueError as error:
             raise UserError(f"init_layers={start}: {error}") from error
         return [teacher.layers.index(link.teacher) for link in links]
-    if len(start) != len(student.layers) or not all(type(i) is int and 0 <= i < depth for i in start):
+    numbers: list[Any] = list(start) if isinstance(start, Sequence) else []
+    if len(numbers) != len(student.layers) or not all(type(i) is int and 0 <= i < depth for i in numbers):
         raise UserError(
-            f"init_layers={list(start)}: need {len(student.layers)} numbers from 0 to {depth - 1}, or one of "
+            f"init_layers={start}: need {len(student.layers)} numbers from 0 to {depth - 1}, or one of "
             f"{', '.join(STARTS)}, embeddings"
         )
-    return list(start)
+    return numbers
 
 
 @torch.no_grad()
@@ -125,16 +126,15 @@ def start_from(student: Tapped, teacher: Tapped, start: str | Sequence[int]) -> 
     """
     small: Any = student.backbone
     big: Any = teacher.backbone
-    shown = start if isinstance(start, str) else list(start)
     if not all(type(network) is BertForSequenceClassification for network in (small, big)):
         raise UserError(
-            f"init_layers={shown}: only a BERT starts from a teacher's layers; use student.init_layers=null"
+            f"init_layers={start}: only a BERT starts from a teacher's layers; use student.init_layers=null"
         )
     layers = chosen(start, student, teacher)
-    for name in SHAPES:
+    for name in (*EMBEDDING_SHAPES, *(LAYER_SHAPES if layers else ())):
         if getattr(small.config, name) != getattr(big.config, name):
             raise UserError(
-                f"init_layers={shown}: {name} of the student is {getattr(small.config, name)}, of the teacher "
+                f"init_layers={start}: {name} of the student is {getattr(small.config, name)}, of the teacher "
                 f"{getattr(big.config, name)}; only equal shapes are copied, use student.init_layers=null"
             )
     small.bert.embeddings.load_state_dict(big.bert.embeddings.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tiny import bert
+from tiny import Linear, bert, cnn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, DistilBertConfig
 
 from distill.errors import UserError
@@ -49,8 +51,14 @@ def test_a_student_has_the_shape_it_was_asked_for() -> None:
     network.watch(network.places)
     features = network.eval()(BATCH)
     assert features.logits.shape == (2, 5)
-    assert list(features.hidden) == ["embeddings", "layer1", "layer2", "layer3"]
-    assert {tuple(value.shape) for value in features.hidden.values()} == {(2, 4, 24)}
+    layers = ["layer1", "layer2", "layer3"]
+    inside = [f"{layer}.{part}" for layer in layers for part in ("query", "key", "value")]
+    assert list(network.places) == ["embeddings", *layers, "pooled", *inside]
+    assert features.hidden.keys() == network.places.keys()
+    assert network.layers == layers
+    assert network.heads == features.heads == 4
+    assert features.hidden["pooled"].shape == (2, 24)
+    assert {tuple(value.shape) for name, value in features.hidden.items() if name != "pooled"} == {(2, 4, 24)}
     assert not network.head_loaded
 
 
@@ -58,7 +66,19 @@ def test_the_teacher_is_bert_base() -> None:
     with torch.device("meta"):
         teacher = bert_base(2, 30522, 0)
     assert sum(p.numel() for p in teacher.parameters()) == 109_483_778
-    assert list(teacher.places) == ["embeddings", *(f"layer{i}" for i in range(1, 13))]
+    assert teacher.layers == [f"layer{i}" for i in range(1, 13)]
+    assert len(teacher.places) == 1 + 12 + 1 + 3 * 12
+    assert teacher.heads == 12
+
+
+def test_pooled_is_what_the_classifier_reads() -> None:
+    network = bert().eval()
+    network.watch(["pooled", "layer2"])
+    features = network(BATCH)
+    backbone: Any = network.backbone
+    torch.testing.assert_close(backbone.classifier(features.hidden["pooled"]), features.logits)
+    first = features.hidden["layer2"][:, 0]
+    torch.testing.assert_close(torch.tanh(backbone.bert.pooler.dense(first)), features.hidden["pooled"])
 
 
 def test_heads_have_to_divide_the_width() -> None:
@@ -66,35 +86,103 @@ def test_heads_have_to_divide_the_width() -> None:
         build_bert(2, 20, 0, layers=1, hidden_size=10, heads=3, intermediate_size=8)
 
 
-@pytest.mark.parametrize("layers", [[0, 2], [3, 1], [2, 2]])
-def test_a_student_starts_from_exactly_the_layers_asked_for(layers: list[int]) -> None:
+def own(network: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("start", "layers"),
+    [
+        ([0, 2], [0, 2]),
+        ([3, 1], [3, 1]),
+        ([2, 2], [2, 2]),
+        ((0, 3), [0, 3]),
+        (OmegaConf.create([0, 3]), [0, 3]),
+        ("uniform", [1, 3]),
+        ("first", [0, 1]),
+        ("last", [2, 3]),
+    ],
+)
+def test_a_student_starts_from_exactly_the_layers_asked_for(start: Any, layers: list[int]) -> None:
     teacher, student = bert(4, seed=1), bert(2, seed=2)
-    start_from(student, teacher, layers)
-    mine, other = student.backbone.state_dict(), teacher.backbone.state_dict()
-    for name, value in mine.items():
+    theirs = own(teacher)
+    start_from(student, teacher, start)
+    for name, value in own(student).items():
         parts = name.split(".")
         if "layer" in parts:
             place = parts.index("layer") + 1
             parts[place] = str(layers[int(parts[place])])
-        assert torch.equal(value, other[".".join(parts)]), name
+        assert torch.equal(value, theirs[".".join(parts)]), name
     with torch.no_grad():
-        next(iter(student.parameters())).add_(1.0)
-    assert not torch.equal(next(iter(student.parameters())), next(iter(teacher.parameters())))
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, theirs[name]) for name, value in own(teacher).items())
 
 
-@pytest.mark.parametrize("layers", [[0], [0, 1, 2], [0, 4], [-1, 0], []])
-def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
-    with pytest.raises(UserError, match="need 2 numbers from 0 to 3"):
-        start_from(bert(2), bert(4), layers)
+def test_a_student_as_deep_as_its_teacher_starts_as_its_copy() -> None:
+    teacher = bert(3, seed=1).eval()
+    for start in ("uniform", "first", "last", [0, 1, 2]):
+        student = bert(3, seed=2).eval()
+        start_from(student, teacher, start)
+        torch.testing.assert_close(student(BATCH).logits, teacher(BATCH).logits, rtol=0, atol=0)
 
 
-def test_other_shapes_are_refused_and_nothing_is_copied() -> None:
+@pytest.mark.parametrize("depth", [1, 4, 6])
+def test_a_student_of_any_depth_starts_from_the_embeddings_alone(depth: int) -> None:
+    teacher, student = bert(4, seed=1), bert(depth, seed=2)
+    before, theirs = own(student), own(teacher)
+    start_from(student, teacher, "embeddings")
+    copied = {name for name, value in own(student).items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[1] for name in copied} == {"embeddings"}
+    embeddings = {name: value for name, value in own(student).items() if "embeddings" in name}
+    assert all(torch.equal(value, theirs[name]) for name, value in embeddings.items())
+    assert {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")} <= copied
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        *[(numbers, f"init_layers={numbers}: need 2 numbers from 0 to 3, or one of uniform, first, last, embeddings")
+          for numbers in ([0], [0, 1, 2], [0, 4], [-1, 0], [], [0, 1.0], ["0", "1"], [True, False], 2, 0.5)],
+        *[(name, f"init_layers={name}: there are uniform, first, last, embeddings, and numbers such as [0,6]")
+          for name in ("skip", "top", "every", "0,1", "")],
+    ],
+)  # fmt: skip
+def test_layers_that_are_not_there_are_refused(start: Any, says: str) -> None:
+    student = bert(2)
+    before = own(student)
+    with pytest.raises(UserError, match=re.escape(says)):
+        start_from(student, bert(4, seed=1), start)
+    assert all(torch.equal(value, before[name]) for name, value in own(student).items())
+
+
+@pytest.mark.parametrize("start", ["uniform", "first", "last"])
+def test_a_student_deeper_than_its_teacher_has_to_name_the_layers(start: str) -> None:
+    with pytest.raises(UserError, match=rf"init_layers={start}: .*the student has 3 layers and the teacher 2"):
+        start_from(bert(3), bert(2), start)
+    student, teacher = bert(3), bert(2, seed=1)
+    start_from(student, teacher, [0, 0, 1])
+    assert torch.equal(
+        own(student)["bert.encoder.layer.2.output.dense.weight"],
+        own(teacher)["bert.encoder.layer.1.output.dense.weight"],
+    )
+
+
+@pytest.mark.parametrize("start", [[0, 1], "uniform", "embeddings"])
+def test_other_shapes_are_refused_and_nothing_is_copied(start: Any) -> None:
     student = bert(2, width=16)
-    before = {name: value.clone() for name, value in student.state_dict().items()}
+    before = own(student)
     for teacher, name in ((bert(4, width=24), "hidden_size"), (long_bert(), "max_position_embeddings")):
-        with pytest.raises(UserError, match=f"init_layers=.*{name} of the student is"):
-            start_from(student, teacher, [0, 1])
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+        with pytest.raises(UserError, match=rf"init_layers=.*{name} of the student is .*, of the teacher .*null"):
+            start_from(student, teacher, start)
+    assert all(torch.equal(value, before[name]) for name, value in own(student).items())
+
+
+@pytest.mark.parametrize("start", [[0], "uniform", "embeddings"])
+def test_only_berts_start_from_layers(start: Any) -> None:
+    for pair in ((bert(), cnn("mobilenetv3_small_050")), (cnn("mobilenetv3_small_050"), bert()), (Linear(), Linear())):
+        with pytest.raises(UserError, match=r"init_layers=.*: only a BERT starts from a teacher's layers; use .*null"):
+            start_from(*pair, start)
 
 
 def long_bert() -> Any:

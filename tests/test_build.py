@@ -97,7 +97,7 @@ def test_a_node_without_a_target_is_refused(content: Any) -> None:
 
 def test_an_argument_that_is_not_taken_is_named() -> None:
     with pytest.raises(
-        UserError, match=r"distill\.losses\.LogitsKL takes no 'temprature'; it takes: weight, temperature"
+        UserError, match=r"distill\.losses\.logits\.LogitsKL takes no 'temprature'; it takes: weight, temperature"
     ):
         build(node(_target_="distill.losses.LogitsKL", temprature=4), LossTerm)
 

@@ -22,7 +22,7 @@ def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     [
         (["model=bert", "student=huge"], ["huge", "micro, small, tiny"]),
         (["model=mobilenet_v3", "student=micro"], ["mobilenet_v3_micro", "bert_tiny", "mobilenet_v3_tiny"]),
-        (["loss=[ce,logit]"], ["logit", "ce, logits"]),
+        (["loss=[ce,logit]"], ["logit", ", ".join(sorted(path.stem for path in CONF.glob("loss/*.yaml")))]),
         (["loss.logits.wieght=3"], ["loss.logits.wieght", "did you mean loss.logits.weight?"]),
         (["++loss.logits.wieght=3"], ["loss.logits.wieght", "did you mean loss.logits.weight?"]),
         (["++teacher.optim={epoch: 3}"], ["teacher.optim.epoch", "did you mean teacher.optim.epochs?"]),
@@ -34,6 +34,11 @@ def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["optim.epochs=many"], ["epochs=many", "whole number"]),
         (["loss.logits.temperature=0"], ["temperature=0", "> 0"]),
         (["loss.ce._target_=os.system"], ["os.system", "not a LossTerm"]),
+        (
+            ["loss.ce.schedule={before: 0}", "loss.logits.weight=0"],
+            ["all weights are 0 when 0 % of the steps are done"],
+        ),
+        (["callbacks.diagnostics.every=-1"], ["callbacks.diagnostics.every=-1", "0 is off"]),
         (["trainer.precision=8"], ["Lightning", "8"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -54,6 +59,25 @@ def test_a_mistake_does_not_touch_a_folder_that_was_there(arguments: list[str], 
     (tmp_path / "mine" / "note").write_text("keep")
     assert train(*arguments, f"hydra.run.dir={tmp_path}/mine", cwd=tmp_path).returncode == 1
     assert (tmp_path / "mine" / "note").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["loss=[ce,attention]"], ["loss term 'attention' ", "take one of attention_transfer, hidden, sp"]),
+        (["student.init_layers=uniform"], ["init_layers=uniform", "student.init_layers=null"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_what_does_not_fit_the_pair_is_refused_before_the_teacher_is_trained(
+    arguments: list[str], says: list[str], tmp_path: Path
+) -> None:
+    result = train("model=mobilenet_v3", "trainer=smoke", "logger=csv", *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in says), result.stderr
+    assert "teacher  " not in result.stdout
 
 
 def test_help_needs_no_torch_and_shows_groups_options_and_examples(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the documentation says is true of the code."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -79,6 +80,17 @@ def test_the_examples_of_the_help_are_found() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_page_of_the_losses_is_what_its_script_makes() -> None:
+    spec = importlib.util.spec_from_file_location("make", ROOT / "docs" / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    page = make.PAGE.read_text()
+    assert make.updated(page) == page, "run: python docs/make.py"
+    assert len(make.terms()) == len(list((CONF / "loss").glob("*.yaml")))
 
 
 def test_result_tables_are_what_the_command_makes() -> None:

@@ -121,7 +121,7 @@ def test_a_text_network_hands_the_mask_on_and_obeys_it() -> None:
 
 def test_hidden_states_of_bert_are_those_of_transformers() -> None:
     network = bert(layers=3).eval()
-    network.watch(network.places)
+    network.watch(["embeddings", *network.layers])
     theirs = network.backbone(**TEXT, output_hidden_states=True)
     features = network(TEXT)
     assert list(features.hidden) == ["embeddings", "layer1", "layer2", "layer3"]

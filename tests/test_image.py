@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -46,10 +47,11 @@ def test_splits_are_disjoint_stratified_and_complete(digits: Digits) -> None:
 
 def test_batch_is_documented_dict(digits: Digits) -> None:
     batch = next(iter(digits.loader("train", batch_size=5)))
-    assert set(batch) == {"pixels", "labels", "index"}
+    assert set(batch) == {"pixels", "labels", "index", "view"}
     assert batch["pixels"].shape == (5, *digits.input_size)
     assert batch["pixels"].dtype == torch.float32
-    assert batch["labels"].dtype == batch["index"].dtype == torch.int64
+    assert batch["labels"].dtype == batch["index"].dtype == batch["view"].dtype == torch.int64
+    assert batch["view"].tolist() == [0] * 5
     assert batch["pixels"].min() >= 0
     assert 0.9 < batch["pixels"].max() <= 1
     assert digits.label_names == [str(n) for n in range(10)]
@@ -119,6 +121,23 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(digits: Digits) -> N
     assert first.max() <= 1
 
 
+def test_views_start_over_and_the_order_does_not() -> None:
+    data = Digits(limit=20, views=2)
+    loader = data.loader("train", batch_size=8, shuffle=True, augment=True, views=data.views)
+    pixels = [everything(loader, "pixels", epoch) for epoch in range(4)]
+    assert torch.equal(pixels[0], pixels[2])
+    assert torch.equal(pixels[1], pixels[3])
+    assert (pixels[0] != pixels[1]).flatten(1).any(dim=1).all()
+    assert [everything(loader, "view", epoch).unique().tolist() for epoch in range(4)] == [[0], [1], [0], [1]]
+    assert everything(loader, "index", 0).tolist() != everything(loader, "index", 2).tolist()
+    endless = data.loader("train", batch_size=8, shuffle=True, augment=True)
+    assert torch.equal(everything(endless, "pixels", 1), pixels[1])
+    assert not torch.equal(everything(endless, "pixels", 2), pixels[0])
+    assert everything(endless, "view", 7).unique().tolist() == [7]
+    plain = data.loader("train", batch_size=8, views=data.views)
+    assert everything(plain, "view", 1).unique().tolist() == [0]
+
+
 def test_loading_leaves_global_random_state_alone(digits: Digits) -> None:
     before = torch.get_rng_state()
     list(digits.loader("val", batch_size=64, shuffle=True, augment=True))
@@ -155,8 +174,11 @@ def test_fingerprint_covers_size_split_and_membership() -> None:
     data = Digits(limit=20)
     assert len(data.fingerprint) == 64
     assert Digits(limit=20).fingerprint == data.fingerprint
-    others = [Digits(limit=21), Digits(limit=20, size=40), Digits(limit=20, seed=1)]
-    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert Digits(limit=20, views=3).fingerprint == data.fingerprint
+    stronger = Digits(limit=20)
+    stronger.strength = {**Digits.strength, "degrees": 13.0}
+    others = [Digits(limit=21), Digits(limit=20, size=40), Digits(limit=20, seed=1), stronger]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 5
     same_pixels = Digits(limit=20)
     same_pixels._labels["val"] = same_pixels._labels["val"].roll(1)
     assert same_pixels.fingerprint != data.fingerprint
@@ -193,6 +215,13 @@ def test_sampler_does_not_share_an_order_between_neighbouring_seeds() -> None:
 def test_bad_values_say_what_to_do(arguments: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"=\d+: .*; give"):
         Digits(**arguments)
+
+
+@pytest.mark.parametrize("views", [0, 1.5, "two", True])
+def test_views_are_a_whole_number(views: Any) -> None:
+    with pytest.raises(UserError, match=f"^views={views}: must be a whole number >= 1"):
+        Digits(limit=20, views=views)
+    assert Digits(limit=20, views=1).views == 1
 
 
 def test_bad_loader_arguments_say_what_to_do(digits: Digits) -> None:

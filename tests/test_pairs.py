@@ -1,13 +1,15 @@
 """Every pair in `conf/pair`, through the whole job."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import onnxruntime
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from distill import fingerprint, report
@@ -23,6 +25,14 @@ FIRST = {pair.rpartition("_")[0]: pair for pair in reversed(PAIRS)}
 def overrides(pair: str) -> list[str]:
     model, _, student = pair.rpartition("_")
     return [f"model={model}", f"student={student}", "trainer=smoke"]
+
+
+def loss_nodes(folder: Path) -> dict[str, Any]:
+    """The loss of the configuration that a run wrote down, without the names of classes."""
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    return {
+        name: {key: value for key, value in node.items() if key != "_target_"} for name, node in config["loss"].items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +66,12 @@ def test_the_run_folder_is_complete(pair: str, smoke: Callable[[str], Path]) -> 
     assert document["baseline"] is not None
     assert all(seconds > 0 for seconds in document["run"]["seconds"].values())
     assert document["teacher"]["params"] > document["student"]["params"] == document["baseline"]["params"]
-    assert document["loss"] == {
-        "ce": {"weight": document["loss"]["ce"]["weight"], "label_smoothing": 0.0},
-        "logits": {
-            "weight": document["loss"]["logits"]["weight"],
-            "temperature": document["loss"]["logits"]["temperature"],
-        },
+    assert document["loss"] == loss_nodes(folder)
+    assert {name: sorted(node) for name, node in document["loss"].items()} == {
+        "ce": ["label_smoothing", "schedule", "weight"],
+        "logits": ["divergence", "schedule", "temperature", "temperature_schedule", "weight"],
     }
-    for name in ("config.yaml", "metrics.csv", "report.md", "curves.png", "tradeoff.png"):
+    for name in ("config.yaml", "metrics.csv", "report.md", "curves.png", "terms.png", "tradeoff.png"):
         assert (folder / name).stat().st_size > 0, name
     for name in ("best.ckpt", "last.ckpt", "baseline/best.ckpt"):
         assert (folder / "checkpoints" / name).is_file(), name
@@ -105,3 +113,29 @@ def test_stages_that_are_not_needed_are_null_in_the_report(compose: Callable[...
     assert json.loads((tmp_path / "report.json").read_text()) == document
     assert document["baseline"] is None
     assert {stage for stage, seconds in document["run"]["seconds"].items() if seconds is None} == {"cache", "baseline"}
+
+
+TWO_STAGES = [
+    "loss=[ce,logits,hidden,rkd]",
+    "loss.hidden.schedule={before: 1, after: 0, start: 0.5, end: 0.5}",
+    "loss.logits.schedule={before: 0, after: 1, start: 0.5, end: 0.5}",
+]
+
+
+def test_a_loss_on_layers_with_a_schedule_goes_through_the_whole_job(
+    compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    cfg = compose(*overrides("mobilenet_v3_tiny"), *TWO_STAGES, "logger=csv", "baseline=false", "optim.batch_size=8")
+    document = run(cfg, tmp_path, name="a", command="b")
+    assert json.loads((tmp_path / "report.json").read_text()) == document
+    assert document["loss"] == loss_nodes(tmp_path)
+    assert document["loss"]["hidden"]["schedule"] == {"before": 1, "after": 0, "start": 0.5, "end": 0.5}
+    assert document["loss"]["rkd"]["layers"] == [["pooled", "pooled"]]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("ce", "hidden", "logits", "rkd")
+    steps = {name: [int(row["step"]) for row in rows if row[f"student/train_{name}"]] for name in names}
+    assert steps == {"ce": [0, 1, 2, 3], "hidden": [0, 1], "logits": [2, 3], "rkd": [0, 1, 2, 3]}
+    state = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"student", "loss"}
+    assert sum(p.numel() for p in load_network(tmp_path / "export").parameters()) == document["student"]["params"]

@@ -81,6 +81,78 @@ def test_curves_of_something_else(text, words, tmp_path):
         plots.curves(path, tmp_path / "curves.png")
 
 
+TERMS = "step," + ",".join(f"student/{kind}_{name}" for kind in ("train", "share", "grad") for name in ("ce", "kd"))
+
+
+def term_rows(steps, value):
+    """As `Diagnostics` and the training log them: values every step, shares and norms every other one."""
+    lines = [TERMS]
+    for step in range(steps):
+        lines.append(f"{step},{value},{2 * value},,,,")
+        if step % 2 == 0:
+            lines.append(f"{step},,,0.25,0.75,{1 / (step + 1)},{value}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (term_rows(6, 0.5), ["ce", "kd"]),
+        (term_rows(300, 0.5), ["ce", "kd"]),
+        (term_rows(6, -0.5), ["ce", "kd"]),
+        (term_rows(1, 0), ["ce", "kd"]),
+        (term_rows(6, 0.5), ["kd"]),
+        (term_rows(6, 0.5), ["ce", "off", "kd"]),
+        (term_rows(6, 0.5), [*(f"off{n}" for n in range(40)), "kd"]),
+    ],
+    ids=["short", "long", "negative", "one step", "one term", "a term that was off", "many terms"],
+)
+def test_terms_draws_what_there_is(text, names, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
+    assert plots.terms(tmp_path / "metrics.csv", names, tmp_path / "terms.png") is True
+    assert is_picture(tmp_path / "terms.png")
+
+
+def test_terms_draws_each_term_in_each_panel_and_names_it_once(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _: saved.append(figure))
+    text = term_rows(6, 0.5).replace("student/grad_kd", "student/grad_kd,student/train_first") + "0,,,,,,,3.0\n"
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
+    plots.terms(tmp_path / "metrics.csv", ["first", "ce", "kd"], tmp_path / "terms.png")
+    values, shares, norms = saved[0].axes
+    assert [tuple(line.get_ydata()) for line in values.lines] == [(3.0,), (0.5,) * 6, (1.0,) * 6]
+    assert [tuple(line.get_ydata()) for line in shares.lines] == [(0.25,) * 3, (0.75,) * 3]
+    assert [tuple(line.get_ydata()) for line in norms.lines] == [(1.0, 1 / 3, 0.2), (0.5,) * 3]
+    assert shares.get_ylim() == (0, 1)
+    assert (values.get_yscale(), shares.get_yscale(), norms.get_yscale()) == ("log", "linear", "log")
+    legends = [axes.get_legend() for axes in saved[0].axes if axes.get_legend()]
+    assert [text.get_text() for legend in legends for text in legend.texts] == ["first", "ce", "kd"]
+    styles = [
+        [(line.get_label(), line.get_color(), line.get_linestyle()) for line in axes.lines] for axes in saved[0].axes
+    ]
+    assert styles[0][1:] == styles[1] == styles[2]
+    assert len({style[1:] for style in styles[0]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (COLUMNS + "0,1,1.0,,2.0,\n", ["ce"]),
+        (TERMS + "\n", ["ce", "kd"]),
+        (TERMS + "\n0,1.0,2.0,,,,\n", ["ce", "kd"]),
+        (TERMS + "\n0,1.0,2.0,0.5,0.5,nan,nan\n", ["ce", "kd"]),
+        (term_rows(6, 0.5), ["other"]),
+        (term_rows(6, 0.5), []),
+        (term_rows(6, 0.5).replace("student/", "teacher/"), ["ce", "kd"]),
+    ],
+    ids=["one term", "no steps", "diagnostics off", "not finite", "other terms", "no terms", "not the student's"],
+)
+def test_terms_draws_nothing_where_there_is_nothing(text, names, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
+    assert plots.terms(tmp_path / "metrics.csv", names, tmp_path / "terms.png") is False
+    assert not (tmp_path / "terms.png").exists()
+
+
 def change(report, networks):
     for key, (accuracy, macs, latency) in networks.items():
         report[key]["metrics"]["accuracy"], report[key]["macs"] = accuracy, macs

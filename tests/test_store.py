@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from tiny import Linear, cnn
 from torch import nn
 
 from distill import fingerprint, store
 from distill.errors import UserError
-
-SHAPE = (6, 3)
 
 
 def files(folder: Path) -> list[str]:
@@ -33,12 +29,6 @@ def flip(path: Path, place: int) -> None:
 def teacher(tmp_path: Path) -> Path:
     store.save_teacher(tmp_path / "teachers" / "abc", Linear(seed=1), {"name": "one"})
     return tmp_path / "teachers" / "abc"
-
-
-@pytest.fixture
-def logits(tmp_path: Path) -> Path:
-    store.save_logits(tmp_path / "logits" / "abc.safetensors", torch.arange(18.0).view(SHAPE))
-    return tmp_path / "logits" / "abc.safetensors"
 
 
 def test_a_teacher_comes_back_with_its_record(tmp_path: Path) -> None:
@@ -117,9 +107,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(store, "save_file", failing)
     with pytest.raises(OSError, match="No space"):
         store.save_teacher(tmp_path / "teachers" / "abc", Linear(), {})
-    with pytest.raises(OSError, match="No space"):
-        store.save_logits(tmp_path / "logits" / "abc.safetensors", torch.zeros(SHAPE))
-    assert [path.name for path in tmp_path.rglob("*")] in (["teachers", "logits"], ["logits", "teachers"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["teachers"]
 
 
 def test_a_failed_rename_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,48 +118,3 @@ def test_a_failed_rename_is_not_hidden(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(PermissionError):
         store.save_teacher(tmp_path / "abc", Linear(), {})
     assert files(tmp_path) == []
-
-
-def test_logits_come_back(logits: Path) -> None:
-    found = store.load_logits(logits, SHAPE)
-    assert found is not None
-    assert torch.equal(found, torch.arange(18.0).view(SHAPE))
-    store.save_logits(logits, -found)
-    again = store.load_logits(logits, SHAPE)
-    assert again is not None
-    assert torch.equal(again, -found)
-    assert files(logits.parent) == ["abc.safetensors"]
-
-
-def test_no_logits_yet(tmp_path: Path) -> None:
-    assert store.load_logits(tmp_path / "none", SHAPE) is None
-
-
-def refused_logits(path: Path, match: str) -> None:
-    with pytest.raises(UserError, match=rf"^stored logits {re.escape(str(path))} are damaged \(.*{match}") as caught:
-        store.load_logits(path, SHAPE)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("place", [-1, -20, 3, 20])
-def test_a_flipped_bit_of_the_logits_is_noticed(logits: Path, place: int) -> None:
-    flip(logits, place)
-    refused_logits(logits, "")
-
-
-@pytest.mark.parametrize("keep", [0, 40, 200])
-def test_truncated_logits_are_noticed(logits: Path, keep: int) -> None:
-    logits.write_bytes(logits.read_bytes()[:keep])
-    refused_logits(logits, "")
-
-
-@pytest.mark.parametrize("shape", [(3, 6), (5, 3), (6, 3, 1)])
-def test_logits_of_another_shape_are_refused(logits: Path, shape: tuple[int, ...]) -> None:
-    store.save_logits(logits, torch.zeros(shape))
-    refused_logits(logits, r"has to be \(6, 3\)")
-
-
-@pytest.mark.parametrize("content", [{"logits": torch.zeros(SHAPE)}, {"other": torch.zeros(SHAPE)}])
-def test_a_file_that_we_did_not_write_is_refused(logits: Path, content: dict[str, torch.Tensor]) -> None:
-    save_file(content, logits)
-    refused_logits(logits, "")

@@ -13,11 +13,11 @@ from tiny import Images, Linear, Text, bert, cnn, schedule, settings
 from torch import Tensor, nn
 
 from distill import fingerprint
-from distill.cache import CachedTeacher
 from distill.features import Batch, Features, Tapped
 from distill.fit import fit
 from distill.losses import CrossEntropy, LogitsKL, LossSum
 from distill.module import DistillModule
+from distill.recall import Recall
 from distill.teacher import FrozenTeacher
 
 
@@ -153,4 +153,4 @@ def test_a_term_without_its_teacher_is_a_bug() -> None:
 
 def test_stored_logits_are_found_by_index() -> None:
     table: Tensor = torch.arange(12.0).view(4, 3)
-    assert CachedTeacher(table)({"index": torch.tensor([2, 0])}).logits.tolist() == [[6, 7, 8], [0, 1, 2]]
+    assert Recall(table)({"index": torch.tensor([2, 0])}).logits.tolist() == [[6, 7, 8], [0, 1, 2]]

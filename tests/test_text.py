@@ -93,10 +93,11 @@ def test_labels_are_english_names_of_the_phrases_language(cldr: Cldr) -> None:
 
 def test_batch_is_documented_dict(cldr: Cldr) -> None:
     batch = next(iter(cldr.loader("train", batch_size=7, shuffle=True)))
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "index", "view"}
     assert all(value.dtype == torch.int64 for value in batch.values())
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (7, batch["attention_mask"].sum(1).max())
     assert batch["labels"].shape == batch["index"].shape == (7,)
+    assert batch["view"].tolist() == [0] * 7
 
 
 @pytest.mark.parametrize("split", SHARES)
@@ -241,7 +242,8 @@ def test_saved_tokenizer_loads_by_itself_and_as_argument(cldr: Cldr, tmp_path: P
 
 
 def test_fingerprint_covers_what_decides_an_example(cldr: Cldr) -> None:
-    options = [{}, {"pieces": 900}, {"seed": 1}, {"max_length": 6}, {"languages": 5}, {"limit": 9}, {"examples": 300}]
+    options = [{}, {"pieces": 900}, {"seed": 1}, {"max_length": 6}, {"languages": 5}, {"limit": 9}, {"examples": 300},
+               {"max_length": 100}, {"piece_dropout": 0.3}]  # fmt: skip
     prints = [Cldr(**{"languages": 4, **option}).fingerprint for option in options]
     assert len(set(prints)) == len(prints)
 
@@ -262,6 +264,8 @@ def test_same_in_another_process(cldr: Cldr) -> None:
         ({"pieces": 5}, "pieces=5"),
         ({"max_length": 2}, "max_length=2"),
         ({"limit": 0}, "limit=0"),
+        ({"views": 0}, "views=0"),
+        ({"views": 2.0}, "views=2.0"),
         ({"tokenizer": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
@@ -316,3 +320,28 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(cldr: Cldr) -> None:
     assert rows(1, 0) != first
     assert rows(0, 0, augment=False) == rows(1, 1, augment=False) != first
     assert max(map(len, first.values())) <= cldr.max_length
+
+
+def test_views_start_over_and_the_order_does_not() -> None:
+    data = Cldr(languages=2, limit=30, views=3)
+    loader = data.loader("train", batch_size=8, shuffle=True, augment=True, views=data.views)
+
+    def rows(loader: Loader, epoch: int) -> dict[int, list[int]]:
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        return {
+            int(index): [int(view), *ids[mask.bool()].tolist()]
+            for batch in loader
+            for index, view, ids, mask in zip(*(batch[k] for k in ("index", "view", "input_ids", "attention_mask")))  # noqa: B905
+        }
+
+    shown = [rows(loader, epoch) for epoch in range(7)]
+    assert shown[0] == shown[3] == shown[6]
+    assert shown[1] == shown[4]
+    assert all({row[0] for row in found.values()} == {epoch % 3} for epoch, found in enumerate(shown))
+    pieces = [{index: row[1:] for index, row in found.items()} for found in shown]
+    assert pieces[0] != pieces[1] != pieces[2] != pieces[0]
+    assert visits(loader, 0) != visits(loader, 3)
+    endless = data.loader("train", batch_size=8, shuffle=True, augment=True)
+    assert rows(endless, 2) == shown[2]
+    assert rows(endless, 3) != shown[3]
+    assert {row[0] for row in rows(data.loader("train", batch_size=8, views=3), 2).values()} == {0}

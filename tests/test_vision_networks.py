@@ -16,7 +16,7 @@ from students.mobilenet import mobilenetv3_small, mobilenetv3_small_half
 from students.resnet import resnet10t, resnet18
 from teachers.mobilenet import mobilenetv3_large
 from teachers.resnet import resnet50
-from teachers.vision import network
+from teachers.vision import network, taps
 
 BUILDERS = [resnet50, mobilenetv3_large, resnet18, resnet10t, mobilenetv3_small, mobilenetv3_small_half]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -53,9 +53,26 @@ def test_stages_are_where_the_resolution_halves(builder: Callable[..., TappedIma
     tapped.watch(tapped.places)
     features = tapped({"pixels": torch.rand(2, 3, 64, 64)})
     assert features.logits.shape == (2, 7)
-    assert list(features.hidden) == ["stage1", "stage2", "stage3", "stage4"]
-    assert [value.shape[-1] for value in features.hidden.values()] == [16, 8, 4, 2]
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    assert tapped.layers == stages
+    assert list(features.hidden) == [*stages, "pooled"]
+    assert [features.hidden[stage].shape[2:] for stage in stages] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    assert features.mask is features.heads is tapped.heads is None
     assert not tapped.head_loaded
+
+
+@pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
+def test_pooled_is_what_the_classifier_reads(builder: Callable[..., TappedImage]) -> None:
+    tapped = builder(7, MEAN, STD).eval()
+    tapped.watch(["pooled"])
+    features = tapped({"pixels": torch.rand(2, 3, 64, 64)})
+    assert features.hidden["pooled"].shape == (2, tapped.backbone.head_hidden_size)
+    classifier = tapped.backbone.get_classifier()  # type: ignore[operator]
+    torch.testing.assert_close(classifier(features.hidden["pooled"]), features.logits)
+
+
+def test_taps_are_numbered_stages_and_what_the_classifier_reads() -> None:
+    assert taps(["a.0", "b"], "pool") == {"stage1": "a.0", "stage2": "b", "pooled": "pool"}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +87,8 @@ def test_stages_of_a_pair_match_at_any_input_size(
         tapped = builder(2, MEAN, STD).eval()
         tapped.watch(tapped.places)
         hidden = tapped({"pixels": torch.rand(1, 3, 40, 40)}).hidden
-        shapes.append([value.shape[2:] for value in hidden.values()])
-    assert shapes[0] == shapes[1]
+        shapes.append([hidden[stage].shape[2:] for stage in tapped.layers])
+    assert shapes[0] == shapes[1] == [(10, 10), (5, 5), (3, 3), (2, 2)]
 
 
 def test_scratch_takes_the_normalisation_of_the_data() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distill.data.batches import TextSplit, text_loader
-from distill.data.image import image_loader
+from distill.data.image import Digits, image_loader
 from distill.features import Batch, Tapped, TappedImage, TappedText
 from distill.fit import Schedule, Settings
 from distill.module import DistillModule
@@ -77,8 +77,8 @@ class Images:
             noise = torch.randint(0, 100, (count, 1, size, size), generator=draw)
             self.splits[split] = ((noise + 50 * labels.view(-1, 1, 1, 1)).byte(), labels)
 
-    def loader(self, split: str, **options: Any) -> DataLoader[dict[str, Tensor]]:
-        return image_loader(*self.splits[split], **options)
+    def loader(self, split: str, *, augment: bool = False, **options: Any) -> DataLoader[dict[str, Tensor]]:
+        return image_loader(*self.splits[split], strength=Digits.strength if augment else None, **options)
 
 
 def schedule(**options: Any) -> Schedule:

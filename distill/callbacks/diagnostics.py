@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
@@ -17,7 +19,9 @@ def gradient_norms(values: dict[str, Tensor], parameters: list[Tensor]) -> dict[
     """Norm of the gradient of each value with respect to all parameters together; the graph stays as it is."""
     norms = {}
     for name, value in values.items():
-        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        gradients: Sequence[Tensor | None] = ()
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
         norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     return norms

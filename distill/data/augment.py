@@ -13,8 +13,8 @@ DRAWS = 6
 """Random numbers that `jitter` reads for one image."""
 
 
-def uniforms(seed: int, epoch: int, index: Tensor, draws: int = DRAWS) -> Tensor:
-    """Uniform numbers in [0, 1), a pure function of (seed, epoch, index of the example, number of the draw).
+def uniforms(seed: int, view: int, index: Tensor, draws: int = DRAWS) -> Tensor:
+    """Uniform numbers in [0, 1), a pure function of (seed, view, index of the example, number of the draw).
 
     A counter-based generator (the SplitMix64 finaliser, Steele et al. 2014, applied once a key), so that what an
     example gets depends on neither its batch, its place in the epoch, nor what was drawn before.
@@ -34,7 +34,7 @@ def uniforms(seed: int, epoch: int, index: Tensor, draws: int = DRAWS) -> Tensor
         return state
 
     state = np.zeros((len(index), draws), dtype=np.uint64)
-    for key in (seed, epoch, index.numpy()[:, None], np.arange(draws)[None]):
+    for key in (seed, view, index.numpy()[:, None], np.arange(draws)[None]):
         state = mix(state ^ np.asarray(key, dtype=np.int64).astype(np.uint64))
     return torch.from_numpy((state >> np.uint64(40)).astype(np.float32) / 2**24)
 
@@ -43,10 +43,10 @@ def jitter(
     pixels: Tensor,
     draws: Tensor,
     *,
-    degrees: float = 12.0,
-    scale: float = 0.12,
-    shear: float = 0.15,
-    shift: float = 0.08,
+    degrees: float = 0.0,
+    scale: float = 0.0,
+    shear: float = 0.0,
+    shift: float = 0.0,
 ) -> Tensor:
     """A small random affine map of each image: rotation, scale by axis, shear, shift; bilinear, black outside.
 

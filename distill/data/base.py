@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from distill.errors import UserError
+
 
 class DataSet(ABC):
     """Labelled examples in three splits. Selection is done on "val"; "test" is read once, at the end.
@@ -21,12 +23,18 @@ class DataSet(ABC):
         sizes: number of examples in "train", "val" and "test".
         fingerprint: sha256 hex over everything that decides an example.
         network_facts: what the builder of a network may ask for.
+        views: how many random augmentations of an example the student and its baseline see; None: a new one in every
+            epoch.
+        replayable: whether augmentation is a pure function of (seed, view, index). Only then can what a teacher says of
+            augmented examples be stored.
     """
 
     name: str
     task: str = "multiclass"
     label_names: list[str]
     sizes: dict[str, int]
+    views: int | None = None
+    replayable: bool = True
 
     @property
     @abstractmethod
@@ -42,12 +50,30 @@ class DataSet(ABC):
 
     @abstractmethod
     def loader(
-        self, split: str, *, batch_size: int, shuffle: bool = False, augment: bool = False, seed: int = 0
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        views: int | None = None,
     ) -> DataLoader[dict[str, Tensor]]:
-        """Batches of `labels` [B] int64, `index` [B] int64 (place in the split) and the inputs.
+        """Batches of `labels` [B] int64, `index` [B] int64 (place in the split), `view` [B] int64 (number of the random
+        augmentation, 0 where there is none) and the inputs.
 
-        The order of epoch e is a pure function of (seed, e); augmentation of (seed, e, index).
+        The order of epoch e is a pure function of (seed, e); augmentation of (seed, view, index), where the view is e,
+        or e mod `views`. `batch_sampler.sampler.set_epoch` sets the epoch.
         """
+
+
+def checked_views(views: int | None) -> int | None:
+    """Raises UserError unless the value is None or a whole number >= 1."""
+    if views is not None and not (type(views) is int and views >= 1):
+        raise UserError(
+            f"views={views}: must be a whole number >= 1 of augmented views, or null for a new one in every epoch"
+        )
+    return views
 
 
 class TextData(DataSet):

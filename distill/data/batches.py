@@ -66,7 +66,7 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         pad: id of the padding token.
         retokenise: index and random stream -> another list of ids for the same example, for augmentation; None leaves
             them as they are.
-        sampler: tells seed and epoch of the random streams.
+        sampler: tells seed and view of the random streams.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         self.retokenise, self.sampler = retokenise, sampler
 
     def row(self, i: int) -> Sequence[int]:
-        """Ids of example i; with augmentation a pure function of (seed, epoch, i)."""
+        """Ids of example i; with augmentation a pure function of (seed, view, i)."""
         if self.retokenise is None or self.sampler is None:
             return self.tokens[i]
-        return self.retokenise(i, random.Random(f"{self.sampler.seed} {self.sampler.epoch} {i}"))
+        return self.retokenise(i, random.Random(f"{self.sampler.seed} {self.sampler.view} {i}"))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,11 +93,13 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         rows = [self.row(i) for i in indices]
         width = max(map(len, rows))
         index = torch.tensor(indices)
+        view = self.sampler.view if self.retokenise is not None and self.sampler is not None else 0
         return {
             "input_ids": torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows]),
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
             "labels": self.labels[index],
             "index": index,
+            "view": torch.full_like(index, view),
         }
 
 
@@ -108,16 +110,17 @@ def text_loader(
     shuffle: bool = False,
     retokenise: Callable[[int, random.Random], Sequence[int]] | None = None,
     seed: int = 0,
+    views: int | None = None,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of `input_ids`, `attention_mask` [B, L], `labels` [B] and `index` [B], the place in the split; see
-    `BucketBatches`.
+    """Batches of `input_ids`, `attention_mask` [B, L], `labels` [B], `index` [B], the place in the split, and `view`
+    [B]; see `BucketBatches` and `DataSet.loader`.
 
     Raises:
         UserError: `batch_size` is not a positive integer.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: a batch needs at least one example; give a positive integer")
-    sampler = EpochSampler(len(split), shuffle=shuffle, seed=seed)
+    sampler = EpochSampler(len(split), shuffle=shuffle, seed=seed, views=views)
     batches = BucketBatches([len(row) for row in split.tokens], sampler, batch_size)
     examples = TextSplit(split.tokens, split.labels, split.pad, retokenise, sampler)
     return DataLoader(examples, batch_sampler=batches, collate_fn=_as_is, generator=torch.Generator())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.data.augment import jitter, uniforms
-from distill.data.base import ImageData
+from distill.data.base import ImageData, checked_views
 from distill.data.sampler import EpochSampler
 from distill.errors import UserError
 
@@ -29,40 +31,55 @@ class ImageSplit(Dataset[dict[str, Tensor]]):
     Args:
         pixels: [N, 1 or 3, H, W] uint8; one grey channel is repeated in the batch.
         labels: [N] int64.
-        sampler: tells the epoch.
-        augment: apply `augment.jitter`, seeded by (sampler.seed, sampler.epoch, index).
+        sampler: tells seed and view of the random numbers.
+        strength: arguments of `augment.jitter`, drawn by (sampler.seed, sampler.view, index); None: no augmentation.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, sampler: EpochSampler, augment: bool) -> None:
-        self.pixels, self.labels, self.sampler, self.augment = pixels, labels, sampler, augment
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, sampler: EpochSampler, strength: Mapping[str, float] | None
+    ) -> None:
+        self.pixels, self.labels, self.sampler, self.strength = pixels, labels, sampler, strength
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(indices)
-        pixels = self.pixels[index].float() / 255
-        if self.augment:
-            pixels = jitter(pixels, uniforms(self.sampler.seed, self.sampler.epoch, index))
-        return {"pixels": pixels.expand(-1, 3, -1, -1).contiguous(), "labels": self.labels[index], "index": index}
+        pixels, view = self.pixels[index].float() / 255, 0
+        if self.strength is not None:
+            view = self.sampler.view
+            pixels = jitter(pixels, uniforms(self.sampler.seed, view, index), **self.strength)
+        return {
+            "pixels": pixels.expand(-1, 3, -1, -1).contiguous(),
+            "labels": self.labels[index],
+            "index": index,
+            "view": torch.full_like(index, view),
+        }
 
 
 def image_loader(
-    pixels: Tensor, labels: Tensor, *, batch_size: int, shuffle: bool = False, augment: bool = False, seed: int = 0
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    strength: Mapping[str, float] | None = None,
+    seed: int = 0,
+    views: int | None = None,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of `pixels` [B, 3, H, W] float32 in [0, 1], `labels` [B] and `index` [B], the place in the split.
+    """Batches of `pixels` [B, 3, H, W] float32 in [0, 1], `labels` [B], `index` [B], the place in the split, and `view`
+    [B]; see `DataSet.loader`, and `ImageSplit` for `strength`.
 
-    Order is a pure function of (seed, epoch), augmentation of (seed, epoch, index); `loader.sampler.set_epoch` sets the
-    epoch. A shuffled epoch leaves out a last batch of one example, on which batch normalisation is undefined.
+    A shuffled epoch leaves out a last batch of one example, on which batch normalisation is undefined.
 
     Raises:
         UserError: `batch_size` is not a positive integer.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: a batch needs at least one example; give a positive integer")
-    sampler = EpochSampler(len(labels), shuffle=shuffle, seed=seed)
+    sampler = EpochSampler(len(labels), shuffle=shuffle, seed=seed, views=views)
     return DataLoader(
-        ImageSplit(pixels, labels, sampler, augment),
+        ImageSplit(pixels, labels, sampler, strength),
         batch_size=batch_size,
         sampler=sampler,
         drop_last=shuffle and len(labels) > batch_size and len(labels) % batch_size == 1,
@@ -108,9 +125,11 @@ class Digits(ImageData):
         size: side of the square the pictures are enlarged to, 8 to 256 pixels.
         limit: at most this many examples a split, balanced over the classes; None for all.
         seed: of the split. The default is the split that all results use.
+        views: see `DataSet.views`.
 
     Attributes:
         mean, std: of the training split at 32x32, in units of [0, 1] pixels; constants, whatever the arguments are.
+        strength: of the random augmentation, see `augment.jitter`.
 
     Raises:
         UserError: `size` or `limit` out of range.
@@ -121,8 +140,10 @@ class Digits(ImageData):
     crop_pct = 1.0
     mean = (0.309, 0.309, 0.309)
     std = (0.348, 0.348, 0.348)
+    strength: Mapping[str, float] = MappingProxyType({"degrees": 12.0, "scale": 0.12, "shear": 0.15, "shift": 0.08})
 
-    def __init__(self, size: int = 32, limit: int | None = None, seed: int = 0) -> None:
+    def __init__(self, size: int = 32, limit: int | None = None, seed: int = 0, views: int | None = None) -> None:
+        self.views = checked_views(views)
         if not 8 <= size <= 256:
             raise UserError(f"size={size}: the digits are 8x8 and may be enlarged up to 256; give a size from 8 to 256")
         if limit is not None and limit < 1:
@@ -143,8 +164,9 @@ class Digits(ImageData):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over pixels, labels and order of every split; the pixels decide the size too."""
-        digest = hashlib.sha256()
+        """sha256 (hex) over pixels, labels and order of every split, and the augmentation; the pixels decide the size
+        too."""
+        digest = hashlib.sha256(json.dumps(dict(self.strength), sort_keys=True).encode())
         for split in FRACTIONS:
             digest.update(f"{split} {tuple(self._pixels[split].shape)}".encode())
             digest.update(self._pixels[split].numpy().tobytes())
@@ -152,14 +174,23 @@ class Digits(ImageData):
         return digest.hexdigest()
 
     def loader(
-        self, split: str, *, batch_size: int, shuffle: bool = False, augment: bool = False, seed: int = 0
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        views: int | None = None,
     ) -> DataLoader[dict[str, Tensor]]:
         """See `image_loader`."""
         if split not in FRACTIONS:
             raise UserError(f"split={split!r}: no such split; choose one of {', '.join(FRACTIONS)}")
+        strength = self.strength if augment else None
         return image_loader(
-            self._pixels[split], self._labels[split], batch_size=batch_size, shuffle=shuffle, augment=augment, seed=seed
-        )
+            self._pixels[split], self._labels[split],
+            batch_size=batch_size, shuffle=shuffle, strength=strength, seed=seed, views=views,
+        )  # fmt: skip
 
 
 def picture(images: np.ndarray) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""The order in which examples are visited."""
+"""The order in which examples are visited, and which view of them is shown."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ class EpochSampler(Sampler[int]):
         size: number of examples.
         shuffle: False visits them in order in every epoch.
         seed: any integer.
+        views: random augmentation starts over after this many epochs; None for a new view in every epoch.
     """
 
-    def __init__(self, size: int, *, shuffle: bool, seed: int = 0) -> None:
+    def __init__(self, size: int, *, shuffle: bool, seed: int = 0, views: int | None = None) -> None:
         self.size = size
         self.shuffle = shuffle
         self.seed = seed
+        self.views = views
         self.epoch = 0
+
+    @property
+    def view(self) -> int:
+        """Number of this epoch's random augmentation, from 0."""
+        return self.epoch if self.views is None else self.epoch % self.views
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

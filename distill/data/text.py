@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from distill import fingerprint
-from distill.data.base import TextData
+from distill.data.base import TextData, checked_views
 from distill.data.batches import TextSplit, text_loader
 from distill.data.wordpiece import PieceDropout, load_tokenizer, train_wordpiece
 from distill.errors import UserError
@@ -78,6 +78,7 @@ class Cldr(TextData):
         piece_dropout: of the augmentation, which cuts a phrase into other pieces; see `wordpiece.PieceDropout`.
         seed: of the split. The default is the split that all results use.
         limit: at most this many examples a split, balanced over the classes; None for all.
+        views: see `DataSet.views`.
 
     Raises:
         UserError: a number is out of range, or `tokenizer` cannot be loaded.
@@ -95,7 +96,9 @@ class Cldr(TextData):
         piece_dropout: float = 0.2,
         seed: int = 0,
         limit: int | None = None,
+        views: int | None = None,
     ) -> None:
+        self.views = checked_views(views)
         check("languages", languages, 2, len(LANGUAGES))
         check("examples", examples, 10)
         check("pieces", pieces, 100)
@@ -129,18 +132,26 @@ class Cldr(TextData):
         """sha256 (hex) over tokens, labels, order and phrases of every split, class names, vocabulary and
         augmentation."""
         splits = {s: [self.phrases[s], part.tokens, part.labels.tolist()] for s, part in self._splits.items()}
-        return fingerprint.of_values([splits, self.label_names, self.tokenizer.get_vocab(), self._cut.rate])
+        augmentation = [self._cut.rate, self._cut.max_length]
+        return fingerprint.of_values([splits, self.label_names, self.tokenizer.get_vocab(), augmentation])
 
     def loader(
-        self, split: str, *, batch_size: int, shuffle: bool = False, augment: bool = False, seed: int = 0
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        views: int | None = None,
     ) -> DataLoader[dict[str, Tensor]]:
-        """See `text_loader`; `augment` cuts the phrases anew in every epoch."""
+        """See `text_loader`; `augment` cuts the phrases anew in every view."""
         if split not in SHARES:
             raise UserError(f"split={split!r}: no such split; choose one of {', '.join(SHARES)}")
         phrases = self.phrases[split]
         retokenise = (lambda i, random: self._cut(phrases[i], random)) if augment else None
         return text_loader(
-            self._splits[split], batch_size=batch_size, shuffle=shuffle, retokenise=retokenise, seed=seed
+            self._splits[split], batch_size=batch_size, shuffle=shuffle, retokenise=retokenise, seed=seed, views=views
         )
 
 

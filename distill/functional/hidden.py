@@ -88,8 +88,8 @@ def pkd(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher: [B, D], the states of the first token ([CLS]).
 
     Source: Sun et al., "Patient Knowledge Distillation for BERT Model Compression" (EMNLP 2019), equation 7, which sums
-    over layers; the released code takes the mean over layers and over D instead, so for one layer its values are D times
-    smaller.
+    over layers; the released code takes the mean over layers and over D instead, so for one layer its values are D
+    times smaller.
     """
     same_shape(student, teacher)
     difference = F.normalize(student, dim=-1, eps=1e-8) - F.normalize(teacher, dim=-1, eps=1e-8)

@@ -123,7 +123,7 @@ class MiniLM(AttentionTerm):
     """MiniLM: KL divergence of the attention distributions plus that of the value relations, of the last layers.
 
     Value relations are scaled products of the values with themselves, softmax over the tokens. Both are
-    `distill.functional.attention_kl`; a mean over examples. Heads have to be as many on both sides; widths may differ.
+    `distill.functional.attention_kl`. A mean over examples. Heads have to be as many on both sides; widths may differ.
 
     Source: Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained
     Transformers" (NeurIPS 2020), equations 6 to 10. No code for training was released.
@@ -162,7 +162,7 @@ class MiniLMv2(AttentionTerm):
     """MiniLMv2: KL divergence of the query-query, key-key and value-value relations of one layer, mean of the three.
 
     Queries of all heads are joined and split again into relation heads, as many on both sides, so that numbers of
-    heads and widths may differ. Each is `distill.functional.attention_kl`; a mean over examples.
+    heads and widths may differ. Each is `distill.functional.attention_kl`. A mean over examples.
 
     Args:
         layers: the paper takes the last layer of the student, and of a large teacher one in the upper middle.

@@ -128,11 +128,12 @@ class LossSum(nn.Module):
             term.task = task
         if not any(term.used for term in terms.values()):
             raise UserError(f"loss={sorted(terms)}: no term has a weight above 0, so there is nothing to learn from")
-        for step in range(100):
-            if not any(term.weight * term.schedule.at(step / 100) > 0 for term in terms.values()):
+        # A weight falls to 0 at its `end` or is 0 from the start, so a time without any weight begins at one of these.
+        for done in sorted({0.0, *(term.schedule.end for term in terms.values())} - {1.0}):
+            if not any(term.weight * term.schedule.at(done) > 0 for term in terms.values()):
                 raise UserError(
-                    f"loss={sorted(terms)}: all weights are 0 when {step} % of the steps are done, so there is nothing "
-                    "to learn from; change a schedule"
+                    f"loss={sorted(terms)}: all weights are 0 when {100 * done:.4g} % of the steps are done, so there "
+                    "is nothing to learn from; change a schedule"
                 )
         self.terms = nn.ModuleDict({name: term for name, term in terms.items() if term.used})
 
@@ -186,10 +187,10 @@ class LossSum(nn.Module):
         for name, term in self.items():
             if teacher is not None:
                 _explained(name, lambda term=term: term.connect(student, teacher))  # type: ignore[misc]
+        before = [(network, network.training, network.watched) for network in (student, teacher) if network is not None]
         self.watch(student, teacher)
-        modes = [(network, network.training) for network in (student, teacher) if network is not None]
         try:
-            for network, _ in modes:
+            for network, *_ in before:
                 network.eval()
             with torch.no_grad():
                 mine, theirs = student(batch), teacher(batch) if teacher is not None else None
@@ -200,9 +201,9 @@ class LossSum(nn.Module):
                     _explained(name, lambda term=term: term(mine, theirs, batch))  # type: ignore[misc]
                     term.train()
         finally:
-            for network, mode in modes:
+            for network, mode, watched in before:
                 network.train(mode)
-                network.watch([])
+                network.watch(watched)
         return [row for name, term in self.items() for row in _rows(name, term, mine, theirs)]
 
     def watch(self, student: Tapped, teacher: Tapped | None) -> None:
@@ -230,8 +231,8 @@ def _rows(name: str, term: LossTerm, student: Features, teacher: Features | None
         yield Row(name, link.teacher, link.student, shapes[0], shapes[1], term.describe(link), count)
 
 
-def told(values: Mapping[str, Tensor]) -> str:
-    """The terms and their values, those that are not finite first, for a message."""
+def told(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> str:
+    """The terms, their values and weights, for a message; those whose weighted value is not finite come first."""
     numbers = {name: value.item() for name, value in values.items()}
-    order = sorted(numbers, key=lambda name: math.isfinite(numbers[name]))
-    return ", ".join(f"{name} is {numbers[name]:.4g}" for name in order)
+    order = sorted(numbers, key=lambda name: math.isfinite((weights[name] * values[name]).item()))
+    return ", ".join(f"{name} is {numbers[name]:.4g} (weight {weights[name]:g})" for name in order)

@@ -98,8 +98,8 @@ class ProjectedTerm(LayerTerm):
             narrow, wide = width(mine), width(theirs)
             if self.projector == "never" and narrow != wide:
                 raise ValueError(
-                    f"projector=never, and {link.student} is {narrow} wide where the teacher's {link.teacher} is {wide}; "
-                    "projector=auto makes a projector"
+                    f"projector=never, and {link.student} is {narrow} wide where the teacher's {link.teacher} is "
+                    f"{wide}; projector=auto makes a projector"
                 )
             if self.projector == "always" or narrow != wide:
                 maps = mine.ndim == 4

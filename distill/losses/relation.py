@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distill import functional
 from distill.errors import UserError
 from distill.features import Batch, Features
+from distill.functional.precision import full_precision
 from distill.layers import LayerMap, Link
 from distill.losses.layer import LayerTerm, checked_multiplier, vectors
 from distill.losses.logits import checked_factor
@@ -37,8 +38,8 @@ class RelationTerm(LayerTerm):
 
 
 class RelationalKD(RelationTerm):
-    """Distances between examples (`distill.functional.rkd_distance`) and angles (`distill.functional.rkd_angle`), with a
-    factor each.
+    """Distances between examples (`distill.functional.rkd_distance`) and angles (`distill.functional.rkd_angle`), with
+    a factor each.
 
     Relates the examples of a batch: not a mean over examples, so micro-batches do not add up to one batch.
 
@@ -93,6 +94,12 @@ class ProbabilisticTransfer(RelationTerm):
         return functional.pkt(student, teacher)
 
 
+@full_precision
+def directions(vectors: Tensor) -> Tensor:
+    """Divided by their lengths along the last dimension."""
+    return F.normalize(vectors, dim=-1)
+
+
 class Memory(nn.Module):
     """Embeddings of every training example, by its index, and the projections that make them.
 
@@ -116,8 +123,8 @@ class Contrastive(LayerTerm):
     memory of the whole training split; see `distill.functional.crd`, which is applied both ways and summed.
 
     A mean over examples for given negatives. Negatives have another label than the example, where labels are classes.
-    The memory is part of the checkpoint: 2 · M · E numbers. With several processes each one has a memory of its own, fed
-    with the examples that it sees.
+    The memory is part of the checkpoint: 2 · M · E numbers. With several processes each one has a memory of its own,
+    fed with the examples that it sees.
 
     The released code takes the positives from the memory; here they are the other network's present embeddings, since
     on small data a memory is stale or random for much of the training.
@@ -170,15 +177,15 @@ class Contrastive(LayerTerm):
     def contrast(self, link: Link, student: Features, teacher: Features, batch: Batch) -> Tensor:
         memory: Any = self.own[link.key]
         index, labels = batch["index"], batch["labels"]
-        mine = F.normalize(memory.project_student(vectors(student.hidden[link.student])).float(), dim=-1)
-        theirs = F.normalize(memory.project_teacher(vectors(teacher.hidden[link.teacher])).float(), dim=-1)
+        mine = directions(memory.project_student(vectors(student.hidden[link.student])))
+        theirs = directions(memory.project_teacher(vectors(teacher.hidden[link.teacher])))
         drawn = torch.randint(len(memory.labels), (self.negatives,), device=index.device)
         allowed = drawn != index[:, None]
         if self.task == "multiclass":
             allowed = allowed & (memory.labels[drawn] != labels[:, None])
         scale = memory.log_scale
         if torch.isnan(scale):
-            similarity = mine.detach() @ memory.teacher[drawn].T / self.temperature
+            similarity = mine.detach() @ memory.teacher[drawn].to(mine.dtype).T / self.temperature
             scale = torch.logsumexp(similarity.flatten(), 0) - math.log(similarity.numel())
         log_noise = scale + math.log(self.negatives)
         value = functional.crd(mine, theirs, memory.teacher[drawn], allowed, log_noise, self.temperature)
@@ -191,6 +198,7 @@ class Contrastive(LayerTerm):
     def remember(self, memory: Any, index: Tensor, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
         """Move the entries of these examples towards their present embeddings."""
         for bank, seen in ((memory.student, student), (memory.teacher, teacher)):
-            bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * seen, dim=-1)
+            moved = directions(self.momentum * bank[index] + (1 - self.momentum) * seen)
+            bank[index] = moved.to(bank.dtype)
         if self.task == "multiclass":
             memory.labels[index] = labels
