@@ -1,6 +1,6 @@
 """Compare the loss terms one by one: the same student, data, schedule and seeds; only the loss differs.
 
-    python benchmarks/terms.py --out results/terms_bert_micro.json model=bert student=micro
+    python benchmarks/terms.py --out results/terms/bert_micro.json model=bert student=micro
 
 Trains `[ce]`, and `[ce, X]` and `[ce, logits, X]` for each term X of `conf/loss`, with the weight in its file. Terms
 that do not fit the pair are listed with the reason. One teacher (of the first seed) teaches all; its answers to the
