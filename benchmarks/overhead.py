@@ -1,9 +1,10 @@
 """What terms on layers cost: the step time of a loss against that of `ce + logits`, side by side in one run.
 
-    python benchmarks/overhead.py --out results/overhead_bert_tiny.json model=bert student=tiny
+    python benchmarks/overhead.py --out results/benchmarks/overhead.json model=bert student=tiny
 
-Random weights and random tokens at full length: times do not depend on either. Steps of all losses are interleaved, so
-that what else the machine does falls on all alike; medians and quartiles of each, and ratios of medians. "student" is a
+Random weights and random tokens at full length: times do not depend on either. Steps of all losses are interleaved, in
+turning order, so that what else the machine does falls on all alike; medians and quartiles of each, and the median of
+each round's ratios. "student" is a
 step whose teacher answers from memory (forward, loss, backward, optimiser), "teacher" the teacher's forward pass with
 the taps of the loss, and "online" is both.
 """
@@ -103,18 +104,21 @@ def main() -> None:
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2}
     contestants = [Contestant(names, options.overrides, teacher, batch, facts) for names in LOSSES]
     for number in track(range(options.rounds + 2), description="rounds", transient=True):
-        for contestant in contestants:
+        turn = number % len(contestants)  # the first of a round finds colder caches than the others
+        for contestant in (*contestants[turn:], *contestants[:turn]):
             contestant.run(record=number >= 2)
 
     rows: dict[str, dict[str, dict[str, float]]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
     for contestant in contestants:
         times = dict(contestant.times)
         times["online"] = [a + b for a, b in zip(times["teacher"], times["student"], strict=True)]
+        seconds[contestant.name] = times
         rows[contestant.name] = {kind: summary(values) for kind, values in times.items()}
-    base = rows["ce+logits"]
-    for row in rows.values():
-        for kind, figures in row.items():
-            figures["ratio"] = figures["median"] / base[kind]["median"]
+    for contestant in contestants:
+        for kind, figures in rows[contestant.name].items():
+            pairs = zip(seconds[contestant.name][kind], seconds["ce+logits"][kind], strict=True)
+            figures["ratio"] = statistics.median(mine / base for mine, base in pairs)
     table = Table("loss", "student step, s", "ratio", "teacher, s", "ratio", "online, s", "ratio")
     for name, row in rows.items():
         cells = [

@@ -179,7 +179,7 @@ def results(path: Path, folder: str) -> list[str]:
     document = json.loads(path.read_text())
     runs = {name: {run["seed"]: run for run in found} for name, found in document["runs"].items()}
     seeds = sorted(runs["ce"])
-    weights = "set by gradient norms" if document["balanced"] else "as in `conf/loss`"
+    weights = "set by gradient norms" if document["balanced"] else "as published"
     data, schedule = document["data"], document["schedule"]
     lines = [
         f"**{document['pair']}, {data['name']}** ({data['train']:,} training and {data['test']:,} test examples, "

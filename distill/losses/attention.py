@@ -55,7 +55,7 @@ class Attention(AttentionTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 0.02,
         layers: LayerMap = "uniform",
         compare: str = "scores_mse",
         heads: str = "auto",
@@ -111,7 +111,7 @@ class AttentionTransfer(LayerTerm):
     alternatives = "attention, hidden, sp"
 
     def __init__(
-        self, weight: float = 1000.0, layers: LayerMap = "uniform", schedule: Mapping[str, Any] | None = None
+        self, weight: float = 400.0, layers: LayerMap = "uniform", schedule: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(weight, schedule, layers)
 
@@ -178,7 +178,7 @@ class MiniLMv2(AttentionTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 2.5,
         layers: LayerMap = "top",
         relation_heads: int | None = None,
         schedule: Mapping[str, Any] | None = None,

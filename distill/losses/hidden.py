@@ -32,7 +32,7 @@ class Hidden(ProjectedTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 20.0,
         layers: LayerMap = "uniform",
         distance: str = "mse",
         projector: str = "auto",
@@ -63,7 +63,7 @@ class PatientKD(ProjectedTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 3.5,
         layers: LayerMap = "skip",
         projector: str = "auto",
         lr_multiplier: float = 1.0,

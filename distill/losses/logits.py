@@ -109,7 +109,7 @@ class DecoupledKD(LossTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 0.06,
         temperature: float = 4.0,
         alpha: float = 1.0,
         beta: float = 8.0,
@@ -134,7 +134,7 @@ class Dist(LossTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 0.3,
         temperature: float = 4.0,
         beta: float = 1.0,
         gamma: float = 1.0,
@@ -158,7 +158,7 @@ class StandardizedKL(LossTerm):
     tasks = ("multiclass",)
 
     def __init__(
-        self, weight: float = 9.0, temperature: float = 2.0, schedule: Mapping[str, Any] | None = None
+        self, weight: float = 3.0, temperature: float = 2.0, schedule: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(weight, schedule)
         self.temperature = checked_temperature(temperature)
@@ -174,7 +174,7 @@ class LogitsMSE(LossTerm):
     A mean over examples.
     """
 
-    def __init__(self, weight: float = 1.0, schedule: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, weight: float = 0.2, schedule: Mapping[str, Any] | None = None) -> None:
         super().__init__(weight, schedule)
 
     def forward(self, student: Features, teacher: Features | None, batch: Batch) -> Tensor:

@@ -49,7 +49,7 @@ class RelationalKD(RelationTerm):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 0.1,
         layers: LayerMap = POOLED,
         distance: float = 25.0,
         angle: float = 50.0,
@@ -71,7 +71,7 @@ class SimilarityPreserving(RelationTerm):
     """
 
     def __init__(
-        self, weight: float = 3000.0, layers: LayerMap = "top", schedule: Mapping[str, Any] | None = None
+        self, weight: float = 100.0, layers: LayerMap = "top", schedule: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(weight, schedule, layers)
 
@@ -86,7 +86,7 @@ class ProbabilisticTransfer(RelationTerm):
     """
 
     def __init__(
-        self, weight: float = 30000.0, layers: LayerMap = POOLED, schedule: Mapping[str, Any] | None = None
+        self, weight: float = 500.0, layers: LayerMap = POOLED, schedule: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(weight, schedule, layers)
 
@@ -139,7 +139,7 @@ class Contrastive(LayerTerm):
 
     def __init__(
         self,
-        weight: float = 0.8,
+        weight: float = 0.4,
         layers: LayerMap = POOLED,
         embedding: int = 128,
         negatives: int = 1024,
