@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def _task(cfg: DictConfig) -> None:
         options = ["--config-dir", *own] if own else []
         command = shlex.join(["python", "train.py", *options, *hydra_cfg.overrides.task])
         run(cfg, folder, name=f"{choices['model']}_{choices['student']}", command=command)
+        remove_if_empty(
+            folder
+        )  # processes that torchrun or SLURM starts get one each, and all write to that of the first
     except (UserError, OmegaConfBaseException) as error:
         remove_if_empty(folder)
         fail(str(error).splitlines()[0])
@@ -58,7 +62,8 @@ def remove_if_empty(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path == Path.cwd() or not path.is_dir() or any(path.iterdir()):
             return
-        path.rmdir()
+        with suppress(OSError):  # another process was faster
+            path.rmdir()
 
 
 def keys(cfg: Any, prefix: str = "") -> Iterator[str]:

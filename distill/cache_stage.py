@@ -15,10 +15,11 @@ from distill.cache import DTYPES, CachedTeacher, Contents
 from distill.data.base import DataSet
 from distill.errors import UserError
 from distill.features import Batch, Tapped
-from distill.fill import fill, wait_for_all
+from distill.fill import fill
 from distill.fit import Schedule, trainer
 from distill.losses import LossSum
 from distill.plan import decide, estimate, teacher_share
+from distill.processes import once, processes, wait_for_all
 from distill.stages import Job
 from distill.teacher import FrozenTeacher, Teacher, as_in_training
 
@@ -157,17 +158,17 @@ def cache_stage(
         teacher.to(worker.strategy.root_device)
         views, share = job.data.views, None
         if options.use == "auto":
-            loader = job.data.loader(
-                "train", batch_size=schedule.batch_size, shuffle=True, augment=augment, seed=seed, views=views
-            )
-            share = teacher_share(teacher, student, next(iter(loader)), worker)
+            each = schedule.batch_size // processes()[1]
+            loader = job.data.loader("train", batch_size=each, shuffle=True, augment=augment, seed=seed, views=views)
+            share = once(lambda: teacher_share(teacher, student, next(iter(loader)), worker))
         if reason is not None:
             job.say(f"  the teacher runs in every step, {share:.0%} of it, for {schedule.epochs} epochs: {reason}")
             return teacher
         contents = contents_of(teacher.network, job.data, options, widths, augment, seed, str(worker.precision))
         root = job.settings.folder if job.cfg.trainer.smoke else Path(job.cfg.store).expanduser()
         shards = contents.shards(root / "cache")
-        chosen, why = decide(options.use, estimate(shards, contents, schedule.epochs, share))
+        estimated = once(lambda: estimate(shards, contents, schedule.epochs, share))
+        chosen, why = decide(options.use, estimated)
         job.say(f"  {'stored' if chosen else 'the teacher runs in every step'}: {why}")
         if not chosen:
             return teacher

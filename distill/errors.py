@@ -1,6 +1,8 @@
 """What a user is meant to see of a mistake: one line, and exit status 1."""
 
+import os
 import sys
+import time
 from typing import NoReturn
 
 
@@ -19,6 +21,12 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """Print one line and end with status 1."""
+    """Print one line and end with status 1.
+
+    Of several processes the first one speaks: the others wait a moment, for they end with it. One that still runs then
+    has something of its own to say.
+    """
+    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        time.sleep(5)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)

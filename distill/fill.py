@@ -17,20 +17,9 @@ from distill.callbacks.progress import stage_bar
 from distill.data.base import DataSet
 from distill.errors import UserError
 from distill.features import Features
+from distill.processes import processes, wait_for_all
 from distill.shards import Shards
 from distill.teacher import Teacher
-
-
-def processes() -> tuple[int, int]:
-    """Rank of this process and the number of all."""
-    group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
-
-
-def wait_for_all() -> None:
-    """Return when every process is here."""
-    if processes()[1] > 1:
-        torch.distributed.barrier()
 
 
 def fill(

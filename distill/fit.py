@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ from distill.errors import UserError, one_line
 from distill.features import Tapped
 from distill.losses import LossSum
 from distill.module import DistillModule
+from distill.processes import processes, share
+from distill.sharded import NAME as SHARDED
+from distill.sharded import ShardedStrategy
 from distill.teacher import Teacher
 
 
@@ -30,7 +34,7 @@ class Schedule:
 
     Attributes:
         epochs: passes over the training split.
-        batch_size: examples a step.
+        batch_size: examples a step, of all processes together.
         lr: peak learning rate of AdamW; rises linearly, falls to zero along a half cosine.
         weight_decay: decoupled weight decay for matrices and kernels.
         warmup: share of the steps over which the learning rate rises, in [0, 1).
@@ -79,16 +83,20 @@ class Settings:
 
 
 def trainer(settings: Settings, callbacks: Sequence[pl.Callback] = (), **more: Any) -> pl.Trainer:
-    """Lightning's Trainer with the run's arguments, without its own bars, summaries and checks."""
+    """Lightning's Trainer with the run's arguments, without its own bars, summaries and checks.
+
+    Args:
+        more: arguments instead of the run's, or besides them.
+    """
     return pl.Trainer(
-        **settings.trainer,
-        **more,
+        **{**settings.trainer, **more},
         logger=settings.loggers,
         callbacks=list(callbacks),
         default_root_dir=settings.folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
     )
 
@@ -102,18 +110,55 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt from end
 
 
-def check_trainer(arguments: dict[str, Any]) -> None:
-    """Build a Trainer with these arguments and throw it away.
+def alone(settings: Settings) -> dict[str, Any]:
+    """Arguments for a Trainer of this process by itself, where there are several."""
+    if processes()[1] == 1:
+        return {}
+    devices = settings.trainer["devices"]
+    listed = isinstance(devices, Sequence) and not isinstance(devices, str)
+    return {"devices": list(devices)[:1] if listed else 1, "num_nodes": 1, "strategy": "auto"}
+
+
+def check_trainer(arguments: dict[str, Any]) -> pl.Trainer:
+    """A Trainer with these arguments that trains nothing.
 
     Raises:
         UserError: Lightning does not accept them.
     """
+    if str(arguments.get("strategy")) in ("fsdp", "fsdp_cpu_offload"):
+        raise UserError(
+            f"trainer.strategy={arguments['strategy']}: it flattens parameters; use {SHARDED} (fully_shard)"
+        )
     try:
-        pl.Trainer(
+        return pl.Trainer(
             **arguments, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
         )
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise UserError(f"trainer: Lightning does not accept {arguments} ({one_line(error)})") from error
+
+
+def duplicate(network: Tapped) -> Tapped:
+    """A copy that watches the same taps."""
+    watched = network.watched
+    network.watch([])
+    twin = copy.deepcopy(network)
+    for each in (network, twin):
+        each.watch(watched)
+    return twin
+
+
+@contextmanager
+def all_gradients() -> Iterator[None]:
+    """Explains what DDP says where a parameter got no gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "find_unused_parameters" not in str(error):
+            raise
+        raise UserError(
+            "trainer.strategy=ddp needs a gradient for every parameter in every step, and stacking, a schedule or the "
+            "choice of terms leaves some without one; set trainer.strategy=ddp_find_unused_parameters_true"
+        ) from error
 
 
 class LatestBest(ModelCheckpoint):
@@ -147,10 +192,10 @@ def fit(
         weights_only: leave optimiser and scheduler out of the checkpoint.
         keep: "best", the latest of the epochs with the best validation accuracy, or "last".
     """
-    pl.seed_everything(settings.seed, verbose=False)
     options = asdict(schedule)
     epochs, batch_size, clip, augment = (options.pop(key) for key in ("epochs", "batch_size", "clip", "augment"))
-    module = DistillModule(network, loss, teacher=teacher, stage=stage, num_labels=len(data.label_names), **options)
+    options |= {"teacher": teacher, "stage": stage, "num_labels": len(data.label_names)}
+    module = DistillModule(network, loss, **options)
     saved: dict[str, Any] = {"save_weights_only": weights_only, "enable_version_counter": False}
     choice: dict[str, Any] = {"monitor": f"{stage}/val_{module.metric}", "mode": "max"} if keep == "best" else {}
     best = LatestBest(checkpoints, filename="best", **choice, **saved)
@@ -162,11 +207,13 @@ def fit(
         max_epochs=epochs,
         gradient_clip_val=clip or None,
     )
-    with interruptible():
-        worker.fit(
-            module,
-            data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed, views=views),
-            data.loader("val", batch_size=max(batch_size, 128)),
-        )
+    world = worker.world_size
+    train = data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed, views=views)
+    pl.seed_everything(settings.seed + worker.global_rank, verbose=False)
+    trained = module
+    if isinstance(worker.strategy, ShardedStrategy):  # a copy, since what is sharded stays in shards
+        trained = DistillModule(duplicate(network), copy.deepcopy(loss), **options)
+    with interruptible(), all_gradients():
+        worker.fit(trained, share(train, world), data.loader("val", batch_size=max(batch_size // world, 128)))
     load_weights(module, best.best_model_path)
     return module

@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.features import Batch, Tapped
 from distill.losses import LossSum
 from distill.losses.base import told
+from distill.sharded import shard
 from distill.teacher import Teacher
 
 
@@ -49,6 +50,8 @@ class DistillModule(pl.LightningModule):
     """Trains `student` on `loss`; a `teacher` is asked only if a term needs it.
 
     The teacher is not registered as a submodule: it is in no checkpoint, in no optimiser, and no `train()` reaches it.
+    Nor does DDP: what it wraps is the student and the loss, and the buffers of the loss (memories) stay those of each
+    process.
 
     Args:
         student: the network that is trained (in the teacher and baseline stages: the teacher, the undistilled student).
@@ -78,6 +81,7 @@ class DistillModule(pl.LightningModule):
             raise ValueError(f"terms {list(loss.terms)} need a teacher and none was given")
         self.student = student
         self.loss = loss
+        self._ddp_params_and_buffers_to_ignore = [f"loss.{name}" for name, _ in loss.named_buffers()]
         self.stage = stage
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self._teacher = (teacher,) if loss.needs_teacher else (None,)
@@ -88,6 +92,10 @@ class DistillModule(pl.LightningModule):
     @property
     def teacher(self) -> Teacher | None:
         return self._teacher[0]
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.student, self.loss, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         if isinstance(self.teacher, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -16,21 +17,30 @@ from distill.cache_stage import Options, cache_obstacle, cache_stage, demand, ob
 from distill.callbacks.diagnostics import Diagnostics
 from distill.fit import Schedule, Settings, check_trainer, fit
 from distill.losses import LossSum, LossTerm
+from distill.processes import check_batch, connected, once, processes
 from distill.quiet import quiet
 
 
 def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, Any]:
     """Run every stage, write the run folder, and return the report.
 
+    Of several processes each one goes through all stages, and the first one writes.
+
     Args:
         cfg: the composed configuration; `conf/config.yaml` is its table of contents.
-        folder: the run folder; it exists and is empty.
+        folder: the run folder; it exists and is empty. Of several processes, that of the first one counts.
         name: of the run, "<model>_<student>".
         command: how to run it again, for the report.
 
     Raises:
         UserError: the configuration asks for something that does not exist or does not fit.
     """
+    with ExitStack() as block:
+        return stage_by_stage(cfg, folder, name, command, block)
+
+
+def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block: ExitStack) -> dict[str, Any]:
+    """See `run`; the processes are connected until `block` ends."""
     quiet()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     schedule = Schedule(**cfg.optim)
@@ -38,7 +48,9 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
         **{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")}
     )
     arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
-    check_trainer(arguments)
+    worker = check_trainer(arguments)
+    check_batch(schedule.batch_size, worker.world_size, "optim.batch_size")
+    check_batch(teacher_schedule.batch_size, worker.world_size, "teacher.optim.batch_size")
     options = Options(**cfg.cache)
     data = stages.data_set(cfg)
     loss = LossSum(build_all(cfg.loss, LossTerm), data.task)
@@ -48,8 +60,12 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
     diagnostics = Diagnostics(console=console, **cfg.callbacks.diagnostics)
 
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values())
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    block.enter_context(connected(worker))
+    first, folder = processes()[0] == 0, once(lambda: folder)
+    console.quiet = not first
+    loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values()) if first else []
+    if first:
+        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     for logger in loggers:
         logger.log_hyperparams(config)
     settings = Settings(folder, cfg.seed, arguments, loggers, console, {"config": config})
@@ -116,8 +132,9 @@ def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, 
         ),
         "loss": {key: {k: v for k, v in node.items() if k != "_target_"} for key, node in config["loss"].items()},
     }
-    document["exports"] = stages.export_stage(job, student, document)
-    finish(document, settings)
+    document["exports"] = once(lambda: stages.export_stage(job, student, document))
+    if first:
+        finish(document, settings)
     return document
 
 

@@ -26,11 +26,13 @@ from distill.errors import UserError
 from distill.export import export_image, export_text
 from distill.exported import measure
 from distill.features import Tapped, TappedImage, TappedText
-from distill.fit import Schedule, Settings, fit, interruptible, trainer
+from distill.fit import Schedule, Settings, alone, fit, interruptible, trainer
 from distill.layout import EXPORT
 from distill.losses import CrossEntropy, LossSum, Row
 from distill.module import DistillModule
+from distill.processes import once, processes, wait_for_all
 from distill.schema import STAGES
+from distill.sharded import NAME as SHARDED
 from distill.teacher import FrozenTeacher
 from students.bert import start_from
 
@@ -108,6 +110,10 @@ def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
     options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.teacher.optim, resolve=True))
     # Only random layers start as identities.
     stacking = options["stacking"] if job.cfg.teacher.weights == "scratch" else None
+    if stacking is not None and job.settings.trainer["strategy"] == SHARDED:
+        raise UserError(
+            f"trainer.strategy={SHARDED}: layers in shards can't be stacked; set teacher.optim.stacking=null"
+        )
     callbacks = [ProgressiveStacking(transformer_layers(network), stacking)] if stacking is not None else []
     loss = LossSum({"ce": CrossEntropy(label_smoothing=options["label_smoothing"])}, job.data.task)
     scratch = job.settings.folder / "checkpoints" / "teacher"
@@ -116,8 +122,10 @@ def train_teacher(job: Job, network: Tapped, schedule: Schedule) -> None:
         network, loss, job.data, schedule, job.settings, stage="teacher", callbacks=callbacks, checkpoints=scratch,
         weights_only=True, keep=keep,
     )  # fmt: skip
-    (scratch / "best.ckpt").unlink()
-    scratch.rmdir()
+    wait_for_all()  # until each process has read the weights
+    if processes()[0] == 0:
+        (scratch / "best.ckpt").unlink()
+        scratch.rmdir()
 
 
 def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
@@ -158,14 +166,15 @@ def teacher_stage(
     """
     cfg = job.cfg.teacher
     with job.stage("teacher", f"{cfg.name}, weights: {cfg.weights}"):
-        if folder is not None and folder.exists():
+        if folder is not None and once(folder.exists):
             store.load_teacher(folder, network)
             job.say(f"  reused from {folder}")
         elif folder is not None:
             train_teacher(job, network, schedule)
             if not job.cfg.trainer.smoke:
                 recipe = OmegaConf.to_container(cfg.optim, resolve=True)
-                store.save_teacher(folder, network, {"name": cfg.name, "recipe": recipe, "seed": job.settings.seed})
+                record = {"name": cfg.name, "recipe": recipe, "seed": job.settings.seed}
+                once(lambda: store.save_teacher(folder, network, record))
                 job.say(f"  stored in {folder}")
         evaluation = evaluate(job, network, "teacher")
         accuracy = evaluation.result["metrics"]["accuracy"]
@@ -287,15 +296,20 @@ def card_of(job: Job, document: dict[str, Any] | None) -> Card:
 
 
 def evaluate(job: Job, network: Tapped, stage: str) -> Evaluation:
-    """Measure a network on the test split."""
+    """Measure a network on the test split; of several processes the first one does, and tells the others."""
     options = cast(dict[str, Any], OmegaConf.to_container(job.cfg.callbacks.evaluation, resolve=True))
     evaluation = Evaluation(job.data.sample(), len(job.data.label_names), job.teacher_says, **options)
     module = DistillModule(
         network, LossSum({"ce": CrossEntropy()}, job.data.task), stage=stage, num_labels=len(job.data.label_names)
     )
     progress = StageProgress(stage, job.settings.console)
-    with interruptible():
-        trainer(job.settings, [progress, evaluation]).test(
-            module, job.data.loader("test", batch_size=128), verbose=False
-        )
+
+    def measured() -> tuple[dict[str, Any], torch.Tensor, float]:
+        with interruptible():
+            trainer(job.settings, [progress, evaluation], **alone(job.settings)).test(
+                module, job.data.loader("test", batch_size=128), verbose=False
+            )
+        return evaluation.result, evaluation.predictions, evaluation.majority
+
+    evaluation.result, evaluation.predictions, evaluation.majority = once(measured)
     return evaluation

@@ -208,7 +208,7 @@ def test_logits_of_a_multilabel_task_are_compared_label_by_label(divergence: Any
 def test_weight_now_follows_the_schedule() -> None:
     term = CrossEntropy(2.0, schedule={"before": 0, "after": 3, "start": 0.2, "end": 0.6})
     assert term.weight_now == 0
-    loss = LossSum({"mse": LogitsMSE(), "ce": term})
+    loss = LossSum({"mse": LogitsMSE(1.0), "ce": term})
     seen = {}
     for done in (0, 0.2, 0.3, 0.4, 0.6, 0.9):
         loss.at(done)

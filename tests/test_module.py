@@ -321,7 +321,7 @@ class Weights(pl.Callback):
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_good_epochs(tmp_path: Path) -> None:
     network, weights = Linear(), Weights()
-    terms = LossSum({"ce": CrossEntropy(), "kd": LogitsMSE()})
+    terms = LossSum({"ce": CrossEntropy(), "kd": LogitsMSE(1.0)})
     with pytest.raises(UserError) as caught:
         fit(
             network, terms, Images(size=2), schedule(epochs=4, batch_size=4), settings(tmp_path), stage="student",

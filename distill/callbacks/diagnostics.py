@@ -33,6 +33,8 @@ class Diagnostics(pl.Callback):
     * `<stage>/share_<term>`: |weight · value| as a share of the sum over terms;
     * `<stage>/grad_<term>`: norm of the gradient of weight · value on the student's parameters (not on projectors).
 
+    With several processes these are those of the first one's share of the batch; in shards there are no gradient norms.
+
     The raw values are logged as `<stage>/train_<term>`. One more backward pass a term and such step; nothing in the
     others. Says once which term holds more than 95 % of the sum of the gradient norms.
 
@@ -59,13 +61,16 @@ class Diagnostics(pl.Callback):
         weighted = {name: weights[name] * value for name, value in module.values.items()}
         sizes = {name: value.detach().abs().item() for name, value in weighted.items()}
         figures = {f"share_{name}": size / (sum(sizes.values()) or 1.0) for name, size in sizes.items()}
-        norms = gradient_norms(weighted, [p for p in module.student.parameters() if p.requires_grad])
+        parameters: list[Tensor] = [p for p in module.student.parameters() if p.requires_grad]
+        sharded = module.device_mesh is not None  # then there is no gradient before the backward pass is over
+        norms = {} if sharded else gradient_norms(weighted, parameters)
         figures |= {f"grad_{name}": norm for name, norm in norms.items()}
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"{module.stage}/{name}": value for name, value in figures.items()}, step=trainer.global_step
             )
-        self._warn(norms, trainer.global_step)
+        if norms:
+            self._warn(norms, trainer.global_step)
 
     def _warn(self, norms: dict[str, float], step: int) -> None:
         largest = max(norms, key=lambda name: norms[name])
