@@ -78,7 +78,7 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
     student = stages.new_student(job)
     stages.attach(job, loss, student, teacher_network)
     cache_obstacle(job, loss, teacher_network, schedule, options)
-    teacher, teacher_result = stages.teacher_stage(job, teacher_network, kept, teacher_schedule)
+    teacher = stages.teacher_stage(job, teacher_network, kept, teacher_schedule)
     settings.provenance["teacher"] = fingerprint.of_weights(teacher.network)
     stages.start(job, student, teacher.network)
     answers = cache_stage(job, teacher, loss, student, schedule, options)
@@ -98,7 +98,10 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
             checkpoints=folder / "checkpoints",
         )
         student.watch([])
+        teacher.network.watch([])
     with job.stage("evaluate", "on the test split"):
+        evaluated = stages.evaluate(job, teacher.network, "teacher")
+        teacher_result, job.teacher_says = evaluated.result, evaluated.predictions
         baseline_result = stages.evaluate(job, baseline, "baseline").result if baseline is not None else None
         student_result = stages.evaluate(job, student, "student").result
 

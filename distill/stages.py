@@ -24,7 +24,7 @@ from distill.card import Card
 from distill.data.base import DataSet, ImageData, TextData
 from distill.errors import UserError
 from distill.export import export_image, export_text
-from distill.exported import measure
+from distill.exported import answers, measure
 from distill.features import Tapped, TappedImage, TappedText
 from distill.fit import Schedule, Settings, alone, fit, interruptible, trainer
 from distill.layout import EXPORT
@@ -33,7 +33,7 @@ from distill.module import DistillModule
 from distill.processes import once, processes, wait_for_all
 from distill.schema import STAGES
 from distill.sharded import NAME as SHARDED
-from distill.teacher import FrozenTeacher
+from distill.teacher import FrozenTeacher, as_in_training
 from students.bert import start_from
 
 
@@ -150,10 +150,19 @@ def initial_teacher(job: Job) -> tuple[Tapped, Path | None]:
     return network, Path(job.cfg.store).expanduser() / "teachers" / key[:20]
 
 
-def teacher_stage(
-    job: Job, network: Tapped, folder: Path | None, schedule: Schedule
-) -> tuple[FrozenTeacher, dict[str, Any]]:
-    """Load or train the teacher, measure it, and refuse to go on with one that has learnt nothing.
+def validation(job: Job, network: Tapped) -> dict[str, float]:
+    """Accuracy of a network on the validation split, and that of always naming its most frequent class."""
+    device = trainer(job.settings, **alone(job.settings)).strategy.root_device
+    ask = as_in_training(FrozenTeacher(network).to(device), trainer(job.settings, **alone(job.settings)))
+    said, labels = answers(lambda batch: ask(batch).logits, job.data.loader("val", batch_size=128))
+    return {
+        "accuracy": (said == labels).float().mean().item(),
+        "majority": labels.bincount().max().item() / len(labels),
+    }
+
+
+def teacher_stage(job: Job, network: Tapped, folder: Path | None, schedule: Schedule) -> FrozenTeacher:
+    """Load or train the teacher, and refuse to go on with one that has learnt nothing.
 
     A teacher that was trained here is stored under the fingerprint of its initial weights (which hold architecture,
     seed and what was loaded), the data and the recipe; the next run with the same fingerprint starts from it.
@@ -162,31 +171,31 @@ def teacher_stage(
         network, folder: from `initial_teacher`.
 
     Raises:
-        UserError: it is no better than always naming the most frequent class, and `teacher.allow_weak` is not set.
+        UserError: on the validation split it is no better than always naming the most frequent class, and
+            `teacher.allow_weak` is not set.
     """
     cfg = job.cfg.teacher
     with job.stage("teacher", f"{cfg.name}, weights: {cfg.weights}"):
-        if folder is not None and once(folder.exists):
-            store.load_teacher(folder, network)
+        record: dict[str, Any] = {"name": cfg.name, "seed": job.settings.seed}
+        known = folder is not None and once(folder.exists)
+        if folder is not None and known:
+            record |= store.load_teacher(folder, network)
             job.say(f"  reused from {folder}")
         elif folder is not None:
             train_teacher(job, network, schedule)
-            if not job.cfg.trainer.smoke:
-                recipe = OmegaConf.to_container(cfg.optim, resolve=True)
-                record = {"name": cfg.name, "recipe": recipe, "seed": job.settings.seed}
-                once(lambda: store.save_teacher(folder, network, record))
-                job.say(f"  stored in {folder}")
-        evaluation = evaluate(job, network, "teacher")
-        accuracy = evaluation.result["metrics"]["accuracy"]
-        job.say(f"  test accuracy {accuracy:.4f} (most frequent class: {evaluation.majority:.4f})")
-        if accuracy <= evaluation.majority and not cfg.allow_weak:
+        score = record.get("validation") or once(lambda: validation(job, network))
+        if folder is not None and not known and not job.cfg.trainer.smoke:
+            record |= {"recipe": OmegaConf.to_container(cfg.optim, resolve=True), "validation": score}
+            once(lambda: store.save_teacher(folder, network, record))
+            job.say(f"  stored in {folder}")
+        job.say(f"  validation accuracy {score['accuracy']:.4f} (most frequent class: {score['majority']:.4f})")
+        if score["accuracy"] <= score["majority"] and not cfg.allow_weak:
             raise UserError(
-                f"the teacher's test accuracy {accuracy:.4f} is no better than naming the most frequent class "
-                f"({evaluation.majority:.4f}): a student would learn nothing from it; train it longer "
+                f"the teacher's validation accuracy {score['accuracy']:.4f} is no better than naming the most frequent "
+                f"class ({score['majority']:.4f}): a student would learn nothing from it; train it longer "
                 "(teacher.optim.epochs), or set teacher.allow_weak=true"
             )
-    job.teacher_says = evaluation.predictions
-    return FrozenTeacher(network), evaluation.result
+    return FrozenTeacher(network)
 
 
 def new_student(job: Job) -> Tapped:

@@ -207,7 +207,7 @@ def test_the_whole_job_in_two_processes_is_one_run(tmp_path: Path) -> None:
 def test_a_mistake_that_two_processes_see_is_one_line(tmp_path: Path) -> None:
     result = python(CONF.parent / "train.py", *SMOKE, *TWO, "teacher.allow_weak=false", cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: the teacher's test accuracy ")
+    assert result.stderr.startswith("error: the teacher's validation accuracy ")
     assert result.stderr.count("\n") == 1
     result = python(CONF.parent / "train.py", "-m", *SMOKE, *TWO, "seed=0,1", cwd=tmp_path)
     assert result.returncode == 1
