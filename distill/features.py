@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from distill.errors import UserError
 
 Batch = Mapping[str, Tensor]
 
@@ -67,6 +70,7 @@ class Tapped(nn.Module):
         self.places = dict(places)
         self.watched: list[str] = []
         self._captured: dict[str, Tensor] = {}
+        self._running = False
         self._handles: list[Any] = []
 
     @property
@@ -99,7 +103,32 @@ class Tapped(nn.Module):
         ]
 
     def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._captured[name] = output[0] if isinstance(output, tuple) else output
+        if self._running:  # not while the backward pass computes activations again
+            self._captured[name] = output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def compiled(self, wanted: bool) -> Iterator[None]:
+        """Within the block the backbone runs through `torch.compile`, where that is wanted; taps work as ever.
+
+        Names of parameters and what is exported stay as they are.
+        """
+        if wanted:
+            self.backbone.compile()
+        try:
+            yield
+        finally:
+            self.backbone._compiled_call_impl = None  # what `compile` sets
+
+    def recompute(self) -> None:
+        """Keep no activations inside layers for the backward pass, but compute them again (gradient checkpointing).
+
+        Raises:
+            UserError: the network can't.
+        """
+        raise UserError(
+            f"gradient_checkpointing=true: is for transformers, and {type(self.backbone).__name__} is none; set it to "
+            "false"
+        )
 
     def logits(self, batch: Batch) -> Tensor:
         """Run the backbone on a batch; returns logits [B, C]."""
@@ -111,10 +140,12 @@ class Tapped(nn.Module):
 
     def forward(self, batch: Batch) -> Features:
         self._captured.clear()
+        self._running = True
         try:
             logits = self.logits(batch)
             return Features(logits, dict(self._captured), self.mask(batch), self.heads)
         finally:
+            self._running = False
             self._captured.clear()
 
 
@@ -126,6 +157,11 @@ class TappedText(Tapped):
         config: Any = self.backbone.config
         return int(config.num_attention_heads)
 
+    def recompute(self) -> None:
+        backbone: Any = self.backbone
+        backbone.config.use_cache = False  # of a decoder; transformers warns otherwise
+        backbone.activation_checkpointing_enable()
+
     def logits(self, batch: Batch) -> Tensor:
         return self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
@@ -134,7 +170,7 @@ class TappedText(Tapped):
 
 
 class TappedImage(Tapped):
-    """A timm classifier, fed with `pixels` [B, 3, H, W] in [0, 1].
+    """A timm classifier, fed with `pixels` [B, 3, H, W] in [0, 1]; runs in channels-last layout, which is faster.
 
     The network brings its own normalisation, so that a teacher and a student that were made for different ones read the
     same batch.
@@ -149,9 +185,10 @@ class TappedImage(Tapped):
     def __init__(
         self, backbone: nn.Module, places: Mapping[str, str], mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        super().__init__(backbone, places)
+        super().__init__(backbone.to(memory_format=torch.channels_last), places)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def logits(self, batch: Batch) -> Tensor:
-        return self.backbone((batch["pixels"] - self.mean) / self.std)
+        pixels = (batch["pixels"] - self.mean) / self.std
+        return self.backbone(pixels.contiguous(memory_format=torch.channels_last))

@@ -15,7 +15,7 @@ from distill import fingerprint, plots, report, stages, tracking
 from distill.build import build_all
 from distill.cache_stage import Options, cache_obstacle, cache_stage, demand, obstacle
 from distill.callbacks.diagnostics import Diagnostics
-from distill.fit import Schedule, Settings, check_trainer, fit
+from distill.fit import Schedule, Settings, check_trainer, fit, precision
 from distill.losses import LossSum, LossTerm
 from distill.processes import check_batch, connected, once, processes
 from distill.quiet import quiet
@@ -48,6 +48,7 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
         **{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")}
     )
     arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
+    arguments["precision"] = precision(arguments["precision"])
     worker = check_trainer(arguments)
     check_batch(schedule.batch_size, worker.world_size, "optim.batch_size")
     check_batch(teacher_schedule.batch_size, worker.world_size, "teacher.optim.batch_size")
@@ -85,18 +86,19 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
     baseline = stages.baseline_stage(job, loss, schedule)
     with job.stage("distill", " + ".join(f"{term.weight:g} {key}" for key, term in loss.items())):
         loss.watch(student, teacher.network)
-        fit(
-            student,
-            loss,
-            data,
-            schedule,
-            settings,
-            stage="student",
-            teacher=answers,
-            views=data.views,
-            callbacks=[diagnostics],
-            checkpoints=folder / "checkpoints",
-        )
+        with student.compiled(cfg.compile), teacher.network.compiled(cfg.compile):
+            fit(
+                student,
+                loss,
+                data,
+                schedule,
+                settings,
+                stage="student",
+                teacher=answers,
+                views=data.views,
+                callbacks=[diagnostics],
+                checkpoints=folder / "checkpoints",
+            )
         student.watch([])
         teacher.network.watch([])
     with job.stage("evaluate", "on the test split"):

@@ -201,7 +201,10 @@ def teacher_stage(job: Job, network: Tapped, folder: Path | None, schedule: Sche
 def new_student(job: Job) -> Tapped:
     """A student from random weights with the run's seed."""
     pl.seed_everything(job.settings.seed, verbose=False)
-    return build(job.cfg.student.network, Tapped, **job.data.network_facts)
+    student = build(job.cfg.student.network, Tapped, **job.data.network_facts)
+    if job.cfg.get("gradient_checkpointing"):
+        student.recompute()
+    return student
 
 
 def start(job: Job, student: Tapped, teacher: Tapped) -> None:
@@ -247,17 +250,18 @@ def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None
         smoothing = term.label_smoothing if isinstance(term, CrossEntropy) else 0.0
         alone = LossSum({"ce": CrossEntropy(label_smoothing=smoothing)}, job.data.task)
         checkpoints = job.settings.folder / "checkpoints" / "baseline"
-        fit(
-            network,
-            alone,
-            job.data,
-            schedule,
-            job.settings,
-            stage="baseline",
-            views=job.data.views,
-            checkpoints=checkpoints,
-            weights_only=True,
-        )
+        with network.compiled(bool(job.cfg.get("compile"))):
+            fit(
+                network,
+                alone,
+                job.data,
+                schedule,
+                job.settings,
+                stage="baseline",
+                views=job.data.views,
+                checkpoints=checkpoints,
+                weights_only=True,
+            )
     return network
 
 
