@@ -1,5 +1,5 @@
-"""Write the generated part of docs/losses.md, from conf/loss, the docstrings and results/terms/*.json, and the tables
-in results/terms/README.md.
+"""Write the generated part of docs/losses.md, from conf/loss, the docstrings and results/terms/*.json, and the pages
+results/terms/README.md and results/benchmarks/README.md.
 
 python docs/make.py
 """
@@ -29,6 +29,7 @@ from students.resnet import resnet10t
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "losses.md"
+TIMINGS = ROOT / "results" / "benchmarks" / "README.md"
 TABLES = ROOT / "results" / "terms" / "README.md"
 HEAD = """One file a pair, written by `benchmarks/terms.py`: the same student, data, schedule and seeds, and only the
 loss differs. Mean ± standard deviation over the seeds of the student's test accuracy; differences in percentage points,
@@ -231,6 +232,49 @@ def tables() -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+def timed(figures: dict[str, float]) -> str:
+    return f"{figures['median']:.3f} | {figures['ratio']:.2f}"
+
+
+def timings() -> str:
+    """results/benchmarks/README.md."""
+    step = json.loads((TIMINGS.parent / "step.json").read_text())
+    over = json.loads((TIMINGS.parent / "overhead.json").read_text())
+    sizes = ", ".join(f"{size} ({pair})" for pair, size in step["batch"].items())
+    lines = [
+        "# What was timed side by side", "", "This page is made by `python docs/make.py`.", "",
+        "## A step against a hand-written loop", "",
+        f"Made by `{step['command']}`, in [step.json](step.json): full-size networks, batches "
+        "of "
+        f"{sizes}, 128 tokens or 224 pixels, "
+        f"{step['threads']} threads. Ratios are ours / by hand: medians of interleaved steps, and peak memory above "
+        "the imports.", "",
+        "| pair | teacher | by hand, s | ours, s | time | memory |", "| --- | --- | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {name.replace(' ', ' | ')} | {row['by_hand']['median']:.3f} | {row['ours']['median']:.3f} "
+            f"| {row['ratio']:.3f} | {row['memory_ratio']:.3f} |"
+            for name, row in step["rows"].items()
+        ), "",
+    ]  # fmt: skip
+    if None not in step["seconds_to_first_step"]:
+        starts = ", ".join(f"{seconds:.1f}" for seconds in step["seconds_to_first_step"])
+        lines += [f"From launch to the first step of the quick run, teacher and cache in the store: {starts} s.", ""]
+    lines += [
+        "## Terms on layers", "",
+        f"Made by `{over['command']}`, in [overhead.json](overhead.json): {over['pair']}, batch "
+        f"{over['batch']}, "
+        f"{over['length']} tokens, {over['threads']} threads. Ratios to `ce+logits`: medians over "
+        f"{over['rounds']} rounds.",
+        "", "| loss | student's step, s | ratio | online step, s | ratio |", "| --- | ---: | ---: | ---: | ---: |",
+        *(
+            f"| `{name}` | {timed(row['student'])} | {timed(row['online'])} |"
+            for name, row in over["rows"].items()
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(updated(PAGE.read_text()))
     TABLES.write_text(tables())
+    TIMINGS.write_text(timings())

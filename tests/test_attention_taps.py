@@ -52,7 +52,7 @@ def probabilities(term: Attention, features: Features, layer: str) -> Tensor:
 @pytest.mark.parametrize("compare", ["scores_mse", "probabilities_mse", "kl"])
 def test_the_gradient_ends_at_the_queries_and_keys_of_the_linked_layer(linked: int, compare: str) -> None:
     student, teacher = loud(3, 16, 0), loud(4, 24, 1)
-    loss = attached(Attention(layers=[["layer4", f"layer{linked}"]], compare=compare), student, teacher)
+    loss = attached(Attention(1.0, layers=[["layer4", f"layer{linked}"]], compare=compare), student, teacher)
     with torch.no_grad():
         answers = teacher(examples())
     value = loss(student(examples()), answers, examples())[0]

@@ -190,6 +190,7 @@ def test_a_mistake_is_one_line_at_once(
 
 
 def test_ctrl_c_is_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored in the background
     monkeypatch.setattr(cli, "predict", lambda _: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as end:
         cli.main(["predict", str(tmp_path), "x"])

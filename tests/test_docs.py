@@ -91,6 +91,7 @@ def test_the_page_of_the_losses_is_what_its_script_makes() -> None:
     page = make.PAGE.read_text()
     assert make.updated(page) == page, "run: python docs/make.py"
     assert make.tables() == make.TABLES.read_text(), "run: python docs/make.py"
+    assert make.timings() == make.TIMINGS.read_text(), "run: python docs/make.py"
     assert len(make.terms()) == len(list((CONF / "loss").glob("*.yaml")))
 
 
