@@ -9,6 +9,7 @@ one stopped.
 
 With `--balance` every weight is set by gradients instead, without a look at any accuracy: so that the gradient norm of
 the term on the student equals that of `ce`, the median over ten batches after one epoch on `ce` alone (first seed).
+With `--weights FILE` they are those of an earlier comparison.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seeds", default="0,1,2", help="of the students; the teacher is that of the first")
+    parser.add_argument("--weights", type=Path, help="JSON file of an earlier comparison, to take its weights")
     parser.add_argument("--bases", default="ce,ce+logits", help="what each term is added to")
     parser.add_argument("--balance", action="store_true", help="set weights by gradient norms")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -168,6 +170,9 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.overrides, bases, seeds, Path(folder), console)
+        if options.weights:
+            used = json.loads(options.weights.read_text())["terms"]
+            bench.weights = {name: facts["weight"] for name, facts in used.items()}
         if options.balance:
             bench.weights = bench.balance(list(dict.fromkeys(name for v in bench.losses for name in v.split("+"))))
         facts = {
