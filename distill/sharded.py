@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -37,6 +38,7 @@ def shard(student: Tapped, loss: nn.Module, mesh: Any) -> None:
     Args:
         mesh: of the processes, one-dimensional.
     """
+    student.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # other shards are refused
     for name in student.layers:
         fully_shard(student.backbone.get_submodule(student.places[name]), mesh=mesh)
     fully_shard(student.backbone, mesh=mesh)
