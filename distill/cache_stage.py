@@ -18,7 +18,7 @@ from distill.features import Batch, Tapped
 from distill.fill import fill
 from distill.fit import Schedule, trainer
 from distill.losses import LossSum
-from distill.plan import decide, estimate, teacher_share
+from distill.plan import Pace, decide, estimate, pace
 from distill.processes import once, processes, wait_for_all
 from distill.stages import Job
 from distill.teacher import FrozenTeacher, Teacher, as_in_training
@@ -156,18 +156,22 @@ def cache_stage(
         worker, seed, augment = trainer(job.settings), job.settings.seed, schedule.augment
         widths, reason = cache_obstacle(job, loss, teacher.network, schedule, options)
         teacher.to(worker.strategy.root_device)
-        views, share = job.data.views, None
-        if options.use == "auto":
-            each = schedule.batch_size // processes()[1]
-            loader = job.data.loader("train", batch_size=each, shuffle=True, augment=augment, seed=seed, views=views)
-            share = once(lambda: teacher_share(teacher, student, next(iter(loader)), worker))
+
+        def measure() -> Pace:
+            loader = job.data.loader(
+                "train", batch_size=schedule.batch_size // processes()[1], shuffle=True, augment=augment, seed=seed,
+                views=job.data.views,
+            )  # fmt: skip
+            return pace(teacher, student, next(iter(loader)), worker)
+
         if reason is not None:
+            share = once(measure).share
             job.say(f"  the teacher runs in every step, {share:.0%} of it, for {schedule.epochs} epochs: {reason}")
             return teacher
         contents = contents_of(teacher.network, job.data, options, widths, augment, seed, str(worker.precision))
         root = job.settings.folder if job.cfg.trainer.smoke else Path(job.cfg.store).expanduser()
         shards = contents.shards(root / "cache")
-        estimated = once(lambda: estimate(shards, contents, schedule.epochs, share))
+        estimated = once(lambda: estimate(shards, contents, schedule.epochs, processes()[1], measure))
         chosen, why = decide(options.use, estimated)
         job.say(f"  {'stored' if chosen else 'the teacher runs in every step'}: {why}")
         if not chosen:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from distill.cache import DTYPES, Contents, pack
 from distill.callbacks.progress import stage_bar
 from distill.data.base import DataSet
+from distill.data.loading import batch_loader
 from distill.errors import UserError
 from distill.features import Features
 from distill.processes import processes, wait_for_all
@@ -62,21 +62,15 @@ def said(
     loader: Any = data.loader(
         "train", batch_size=batch_size, augment=contents.augment, seed=contents.seed or 0, views=contents.views
     )
-    order = torch.tensor(list(chain.from_iterable(loader.batch_sampler)))
+    rank = {index: place for place, index in enumerate(chain.from_iterable(loader.batch_sampler))}
+    wanted = sorted(rows, key=lambda row: rank[row % contents.examples])  # as the loader would, so by length
+    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
     places: list[Tensor] = []
     pieces: list[dict[str, Tensor]] = []
-    for view in range(rows.start // contents.examples, (rows.stop - 1) // contents.examples + 1):
-        loader.batch_sampler.sampler.set_epoch(view)
-        first = view * contents.examples
-        wanted = order[(first + order >= rows.start) & (first + order < rows.stop)]
-        batches = [part.tolist() for part in wanted.split(batch_size)]
-        for batch in DataLoader(
-            loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers, generator=torch.Generator(),
-        ):  # fmt: skip
-            pieces.append(columns_of(teacher(batch), contents))
-            places.append(batch["view"] * contents.examples + batch["index"])
-            done(len(places[-1]))
+    for batch in batch_loader(loader.dataset, loader.num_workers, batch_sampler=batches):
+        pieces.append(columns_of(teacher(batch), contents))
+        places.append(batch["view"] * contents.examples + batch["index"])
+        done(len(places[-1]))
     place = torch.cat(places)
     by_place = place.argsort()
     if place[by_place].tolist() != list(rows):

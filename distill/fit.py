@@ -120,17 +120,6 @@ def alone(settings: Settings) -> dict[str, Any]:
     return {"devices": list(devices)[:1] if listed else 1, "num_nodes": 1, "strategy": "auto"}
 
 
-def precision(wanted: str) -> str:
-    """The trainer's precision; "auto" is bf16-mixed where a GPU computes bfloat16 itself, and 32-true elsewhere.
-
-    Processors stay at fp32: without AMX or AVX512-BF16 bfloat16 is several times slower there.
-    """
-    if wanted != "auto":
-        return wanted
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if native else "32-true"
-
-
 def check_trainer(arguments: dict[str, Any]) -> pl.Trainer:
     """A Trainer with these arguments that trains nothing.
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
-from distill.errors import UserError
 from distill.features import Batch, Tapped
+from distill.finite import FiniteLoss
 from distill.losses import LossSum
-from distill.losses.base import told
 from distill.sharded import shard
 from distill.teacher import Teacher
 
@@ -88,6 +87,7 @@ class DistillModule(pl.LightningModule):
         self.metric, metric = validation_metric(loss.task, num_labels)
         self.val_metric = metric
         self.values: dict[str, Tensor] = {}
+        self.finite = FiniteLoss()
 
     @property
     def teacher(self) -> Teacher | None:
@@ -108,13 +108,7 @@ class DistillModule(pl.LightningModule):
         self.loss.at(self.global_step / self._steps)
         teacher = self.teacher(batch) if self.teacher is not None else None
         total, self.values = self.loss(self.student(batch), teacher, batch)
-        if not torch.isfinite(total):
-            raise UserError(
-                f"the loss is not finite at step {self.global_step} of stage {self.stage}: "
-                f"{told(self.values, self.loss.weights)}; "
-                "lower optim.lr, the weight of that term, or use trainer.precision=32-true; checkpoints/ has the last "
-                "good epoch"
-            )
+        self.finite.follow(total, self.values, self.loss.weights, f"step {self.global_step} of stage {self.stage}")
         self.log(f"{self.stage}/train_loss", total.detach(), batch_size=len(batch["labels"]))
         self.log_terms(batch_idx)
         return total
@@ -134,6 +128,25 @@ class DistillModule(pl.LightningModule):
     def on_after_backward(self) -> None:
         self.values = {}
 
+    def on_validation_start(self) -> None:
+        self.finite.settle()  # before this epoch is kept
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning, which refuses to clip for a fused optimiser wherever precision is mixed, though bfloat16 has no
+        gradient scaler."""
+        if gradient_clip_val and self.fused:
+            torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimiser is: everywhere but under a gradient scaler, which would have to unscale before
+        clipping."""
+        return str(self.trainer.precision) != "16-mixed"
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, labels = self.student(batch).logits.float(), batch["labels"]
         if self.loss.task == "multilabel":
@@ -150,8 +163,7 @@ class DistillModule(pl.LightningModule):
         groups = parameter_groups(self.student, self.weight_decay, self.lr)
         for _, term in self.loss.items():
             groups += parameter_groups(term, self.weight_decay, self.lr * term.lr_multiplier)
-        fused = "mixed" not in str(self.trainer.precision)  # Lightning clips no gradients of a fused optimiser there
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=self.fused)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

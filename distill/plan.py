@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -21,9 +24,26 @@ SPARE = 64 * 2**20
 """Bytes that stay free on the disk, besides a tenth of what the cache needs."""
 
 
-def teacher_share(teacher: FrozenTeacher, student: Tapped, batch: Batch, worker: pl.Trainer) -> float:
-    """The teacher's share of the time of a step without a cache, from one forward pass of it, and one forward and
-    backward pass of a copy of the student."""
+@dataclass(frozen=True)
+class Pace:
+    """How long a step without a cache takes.
+
+    Attributes:
+        teacher: seconds of its forward pass for an example.
+        student: seconds of a forward and a backward pass for an example.
+    """
+
+    teacher: float
+    student: float
+
+    @property
+    def share(self) -> float:
+        """The teacher's, of the time of a step."""
+        return self.teacher / (self.teacher + self.student)
+
+
+def pace(teacher: FrozenTeacher, student: Tapped, batch: Batch, worker: pl.Trainer) -> Pace:
+    """Measure one batch; the student is a copy, so it stays as it is."""
     device = worker.strategy.root_device
     asked = as_in_training(teacher, worker)
     trained = as_in_training(copy.deepcopy(student).to(device).train(), worker)
@@ -32,12 +52,12 @@ def teacher_share(teacher: FrozenTeacher, student: Tapped, batch: Batch, worker:
         with torch.enable_grad():
             trained(batch).logits.float().square().mean().backward()
 
-    threads = torch.get_num_threads()
+    threads, examples = torch.get_num_threads(), len(batch["index"])
     first, second = (
-        call_times(call, warmup=1, repeats=1, threads=threads, device=device)[0]
+        call_times(call, warmup=1, repeats=1, threads=threads, device=device)[0] / (1000 * examples)
         for call in (lambda: asked(batch), step)
     )
-    return first / (first + second)
+    return Pace(first, second)
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,8 @@ class Estimate:
         missing: rows that the teacher is still to be asked for.
         size, needed: bytes of the whole cache, and of the missing rows.
         free: bytes on the disk.
-        share: of the teacher in the time of a step without a cache; None if not measured.
+        processes: that fill it.
+        pace: of a step without a cache; None where it was not measured, since nothing is missing.
     """
 
     epochs: int
@@ -59,7 +80,8 @@ class Estimate:
     size: int
     needed: int
     free: int
-    share: float | None = None
+    processes: int
+    pace: Pace | None
 
     @property
     def room(self) -> bool:
@@ -75,15 +97,24 @@ class Estimate:
         rows, steps = self.views * self.examples, self.epochs * self.examples
         text = (
             f"{rows:,} answers ({self.examples:,} examples × {self.views} view{'s' * (self.views > 1)}), "
-            f"{self.size:,} bytes, {self.missing:,} answers to compute; {self.epochs} epochs ask {steps:,} times"
+            f"{self.size:,} bytes"
         )
-        if self.share is None:
-            return text
-        return f"{text}; the teacher is {self.share:.0%} of a step"
+        if self.pace is None:
+            return f"{text}, all there"
+        time = timedelta(seconds=math.ceil(self.missing * self.pace.teacher / self.processes))
+        return (
+            f"{text}, {self.missing:,} answers to compute in about {time}; {self.epochs} epochs ask {steps:,} times; "
+            f"the teacher is {self.pace.share:.0%} of a step"
+        )
 
 
-def estimate(shards: Shards, contents: Contents, epochs: int, share: float | None) -> Estimate:
-    """What filling these shards costs, as things are on the disk now."""
+def estimate(shards: Shards, contents: Contents, epochs: int, processes: int, measure: Callable[[], Pace]) -> Estimate:
+    """What filling these shards costs, as things are on the disk now.
+
+    Args:
+        processes: that fill them.
+        measure: called where a shard is missing.
+    """
     missing = shards.missing()
     return Estimate(
         epochs=epochs,
@@ -93,7 +124,8 @@ def estimate(shards: Shards, contents: Contents, epochs: int, share: float | Non
         size=shards.bytes_of(range(len(shards))),
         needed=shards.bytes_of(missing),
         free=free_bytes(shards.folder),
-        share=share,
+        processes=processes,
+        pace=measure() if missing else None,
     )
 
 
@@ -117,7 +149,8 @@ def decide(use: str, estimate: Estimate) -> tuple[bool, str]:
         return False, f"{short} ({estimate})"
     if use == "auto" and not estimate.pays:
         return False, f"it would ask the teacher more often than training does: {estimate}"
-    if estimate.share is None:
+    if estimate.pace is None:
         return True, str(estimate)
-    saved = estimate.share * (1 - estimate.missing / (estimate.epochs * estimate.examples))
-    return True, f"{estimate}, and storing saves {saved:.0%} of the time"
+    saved = estimate.pace.share * (1 - estimate.missing / (estimate.epochs * estimate.examples))
+    change = f"saves {saved:.0%} of the time" if saved >= 0 else f"costs {-saved:.0%} more time"
+    return True, f"{estimate}, and storing {change}"

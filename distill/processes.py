@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch.utils.data import DataLoader, Sampler
 
+from distill.data.loading import batch_loader
 from distill.errors import UserError
 
 T = TypeVar("T")
@@ -129,10 +130,7 @@ def share(loader: DataLoader[T], world: int) -> DataLoader[T]:
     own = Share(batches, world)
     if not len(own):
         raise UserError(f"{len(batches.sampler)} examples are too few for {world} processes; use fewer trainer.devices")
-    return DataLoader(
-        loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers, pin_memory=loader.pin_memory, generator=torch.Generator(),
-    )  # fmt: skip
+    return cast(DataLoader[T], batch_loader(cast(Any, loader.dataset), loader.num_workers, batch_sampler=own))
 
 
 def check_batch(batch_size: int, world: int, name: str = "batch_size") -> None:

@@ -15,8 +15,10 @@ from distill import fingerprint, plots, report, stages, tracking
 from distill.build import build_all
 from distill.cache_stage import Options, cache_obstacle, cache_stage, demand, obstacle
 from distill.callbacks.diagnostics import Diagnostics
-from distill.fit import Schedule, Settings, check_trainer, fit, precision
+from distill.data.batches import padding
+from distill.fit import Schedule, Settings, check_trainer, fit
 from distill.losses import LossSum, LossTerm
+from distill.precision import precision
 from distill.processes import check_batch, connected, once, processes
 from distill.quiet import quiet
 
@@ -48,7 +50,7 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
         **{k: v for k, v in cfg.teacher.optim.items() if k not in ("label_smoothing", "stacking")}
     )
     arguments = {str(key): value for key, value in cfg.trainer.items() if key != "smoke"}
-    arguments["precision"] = precision(arguments["precision"])
+    arguments["precision"] = precision(arguments["precision"], arguments["accelerator"])
     worker = check_trainer(arguments)
     check_batch(schedule.batch_size, worker.world_size, "optim.batch_size")
     check_batch(teacher_schedule.batch_size, worker.world_size, "teacher.optim.batch_size")
@@ -74,6 +76,8 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")
     sizes = " + ".join(f"{count:,} {split}" for split, count in data.sizes.items())
     job.say(f"data  {data.name}: {sizes} examples, {len(data.label_names)} classes")
+    if saved := padding(data.loader("train", batch_size=schedule.batch_size, shuffle=True, seed=cfg.seed)):
+        job.say(f"  {saved}")
 
     teacher_network, kept = stages.initial_teacher(job)
     student = stages.new_student(job)

@@ -145,13 +145,14 @@ def test_loading_leaves_global_random_state_alone(digits: Digits) -> None:
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
-    draws = uniforms(0, 0, torch.arange(20_000))
+    index, zero = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
+    draws = uniforms(0, zero, index)
     assert draws.shape == (20_000, DRAWS)
     assert draws.min() >= 0
     assert draws.max() < 1
     assert draws.mean(0).tolist() == pytest.approx([0.5] * DRAWS, abs=0.01)
     assert draws.var(0).tolist() == pytest.approx([1 / 12] * DRAWS, abs=0.002)
-    neighbours = [draws, uniforms(1, 0, torch.arange(20_000)), uniforms(0, 1, torch.arange(20_000))]
+    neighbours = [draws, uniforms(1, zero, index), uniforms(0, zero + 1, index)]
     correlation = torch.corrcoef(torch.cat(neighbours, dim=1).T) - torch.eye(3 * DRAWS)
     assert correlation.abs().max() < 0.04
     assert torch.corrcoef(torch.stack([draws[1:, 0], draws[:-1, 0]]))[0, 1].abs() < 0.04

@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
-from tiny import bert
+from tiny import Images, Linear, bert, schedule, settings
 from torch import Tensor
 
 from distill.errors import UserError
 from distill.features import Batch, Features, Tapped
-from distill.fit import precision
+from distill.finite import FiniteLoss
+from distill.fit import fit
+from distill.losses import CrossEntropy, LossSum
+from distill.precision import precision
 from distill.run import run
 from students.resnet import resnet10t
 
@@ -94,13 +99,67 @@ def test_images_run_in_channels_last_layout() -> None:
     torch.testing.assert_close(network(IMAGES).logits, plain(pixels), rtol=1e-4, atol=1e-5)
 
 
-def test_precision_is_what_is_asked_for_and_auto_is_bf16_only_on_a_gpu_that_has_it() -> None:
-    assert precision("16-mixed") == "16-mixed"
-    has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    assert precision("auto") == ("bf16-mixed" if has else "32-true")
+def test_precision_is_what_is_asked_for() -> None:
+    assert precision("16-mixed", "cpu") == "16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("feature", "chosen"), [("amx_bf16", True), ("avx512_bf16", True), ("bf16", True), ("avx512_f", False)]
+)
+def test_a_processor_computes_in_bfloat16_if_it_can(
+    feature: str, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, feature: True, "sve_bf16": False})
+    assert precision("auto", "cpu") == ("bf16-mixed" if chosen else "32-true")
+
+
+def test_this_processor_is_asked() -> None:
+    flags = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line[:5] in ("flags", "Featu")), ""
+    )
+    native = bool({"amx_bf16", "avx512_bf16", "bf16", "svebf16"} & set(flags.split()))
+    assert precision("auto", "cpu") == ("bf16-mixed" if native else "32-true")
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_gpu_computes_in_bfloat16_if_it_does_not_emulate_it(chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: chosen or including_emulation)
+    assert precision("auto", "gpu") == precision("auto", "auto") == ("bf16-mixed" if chosen else "32-true")
+
+
+@pytest.mark.parametrize("kind", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_before_a_fused_optimiser_steps(kind: str, tmp_path: Path) -> None:
+    norms: list[Tensor] = []
+
+    class Norm(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            assert all(group["fused"] for group in optimizer.param_groups)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]))
+
+    fit(
+        Linear(), LossSum({"ce": CrossEntropy()}), Images(size=2), schedule(clip=0.01, batch_size=4),
+        settings(tmp_path, precision=kind), stage="baseline", callbacks=[Norm()], checkpoints=tmp_path,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.stack(norms), torch.full((4,), 0.01), rtol=1e-3, atol=0)
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@gpu
+def test_a_loss_on_a_gpu_is_looked_at_a_step_later() -> None:
+    loss, one = FiniteLoss(), torch.tensor(1.0, device="cuda")
+    loss.follow(one, {"ce": one}, {"ce": 1.0}, "step 0")
+    loss.follow(one / 0, {"ce": one, "kd": one / 0}, {"ce": 1.0, "kd": 0.5}, "step 1")
+    with pytest.raises(UserError, match=r"not finite at step 1: kd is inf \(weight 0\.5\), ce is 1 "):
+        loss.follow(one, {"ce": one}, {"ce": 1.0}, "step 2")
+    loss.follow(-one / 0, {"ce": -one / 0}, {"ce": 1.0}, "step 3")
+    with pytest.raises(UserError, match="at step 3: ce is -inf"):
+        loss.settle()
+    loss.settle()
 
 
 @gpu

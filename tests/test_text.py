@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from distill.data.batches import BucketBatches, TextSplit, text_loader
+from distill.data.batches import BucketBatches, TextSplit, padding, text_loader
 from distill.data.sampler import EpochSampler
 from distill.data.text import (
     LANGUAGES,
@@ -151,6 +151,11 @@ def test_padding_ratio_is_what_the_batches_hold_and_small(cldr: Cldr) -> None:
     assert loader.batch_sampler.padding_ratio == pytest.approx(measured)
     unbucketed = BucketBatches(loader.batch_sampler.lengths, EpochSampler(len(loader.dataset), shuffle=True), 64, 1)
     assert measured < 0.12 < unbucketed.padding_ratio / 2
+    assert padding(loader) == (
+        f"padding is {measured:.0%} of the positions in batches of 64; without length buckets it would be "
+        f"{unbucketed.padding_ratio:.0%}"
+    )
+    assert padding(DataLoader([{"labels": torch.zeros(1)}])) is None
 
 
 def test_bucket_batches_known_value() -> None:

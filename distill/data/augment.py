@@ -13,14 +13,14 @@ DRAWS = 6
 """Random numbers that `jitter` reads for one image."""
 
 
-def uniforms(seed: int, view: int, index: Tensor, draws: int = DRAWS) -> Tensor:
+def uniforms(seed: int, view: Tensor, index: Tensor, draws: int = DRAWS) -> Tensor:
     """Uniform numbers in [0, 1), a pure function of (seed, view, index of the example, number of the draw).
 
     A counter-based generator (the SplitMix64 finaliser, Steele et al. 2014, applied once a key), so that what an
     example gets depends on neither its batch, its place in the epoch, nor what was drawn before.
 
     Args:
-        index: [B] int64.
+        view, index: [B] int64.
 
     Returns:
         [B, draws] float32.
@@ -34,7 +34,7 @@ def uniforms(seed: int, view: int, index: Tensor, draws: int = DRAWS) -> Tensor:
         return state
 
     state = np.zeros((len(index), draws), dtype=np.uint64)
-    for key in (seed, view, index.numpy()[:, None], np.arange(draws)[None]):
+    for key in (seed, view.numpy()[:, None], index.numpy()[:, None], np.arange(draws)[None]):
         state = mix(state ^ np.asarray(key, dtype=np.int64).astype(np.uint64))
     return torch.from_numpy((state >> np.uint64(40)).astype(np.float32) / 2**24)
 

@@ -25,6 +25,7 @@ class DataSet(ABC):
         network_facts: what the builder of a network may ask for.
         views: how many random augmentations of an example the student and its baseline see; None: a new one in every
             epoch.
+        workers: processes that build batches ahead of the training; 0: none.
         replayable: whether augmentation is a pure function of (seed, view, index). Only then can what a teacher says of
             augmented examples be stored.
     """
@@ -34,6 +35,7 @@ class DataSet(ABC):
     label_names: list[str]
     sizes: dict[str, int]
     views: int | None = None
+    workers: int = 0
     replayable: bool = True
 
     @property
@@ -63,7 +65,8 @@ class DataSet(ABC):
         augmentation, 0 where there is none) and the inputs.
 
         The order of epoch e is a pure function of (seed, e); augmentation of (seed, view, index), where the view is e,
-        or e mod `views`. `batch_sampler.sampler.set_epoch` sets the epoch.
+        or e mod `views`. `batch_sampler.sampler.set_epoch` sets the epoch. The loader's data set builds the batch of
+        any rows view · N + index that it is asked for (`EpochSampler`).
         """
 
 

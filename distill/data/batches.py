@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distill.data.loading import batch_loader, checked_batch_size
 from distill.data.sampler import EpochSampler
-from distill.errors import UserError
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -36,6 +35,9 @@ class BucketBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
 
+    def length(self, row: int) -> int:
+        return self.lengths[row % len(self.lengths)]
+
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
@@ -44,7 +46,7 @@ class BucketBatches(Sampler[list[int]]):
         step = self.batch_size * self.window if self.sampler.shuffle else max(1, len(order))
         batches = []
         for start in range(0, len(order), step):
-            window = sorted(order[start : start + step], key=self.lengths.__getitem__)
+            window = sorted(order[start : start + step], key=self.length)
             batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
         if self.sampler.shuffle:
             random.Random(f"{self.sampler.seed} {self.sampler.epoch}").shuffle(batches)
@@ -53,8 +55,20 @@ class BucketBatches(Sampler[list[int]]):
     @property
     def padding_ratio(self) -> float:
         """Share of the positions of this epoch's batches that are padding."""
-        padded = sum(len(batch) * max(self.lengths[i] for i in batch) for batch in self)
+        padded = sum(len(batch) * max(map(self.length, batch)) for batch in self)
         return 1 - sum(self.lengths) / padded
+
+
+def padding(loader: DataLoader[dict[str, Tensor]]) -> str | None:
+    """What the length buckets of a loader save, for people; None where it has none."""
+    batches = loader.batch_sampler
+    if not isinstance(batches, BucketBatches):
+        return None
+    unsorted = BucketBatches(batches.lengths, batches.sampler, batches.batch_size, window=1)
+    return (
+        f"padding is {batches.padding_ratio:.0%} of the positions in batches of {batches.batch_size}; without length "
+        f"buckets it would be {unsorted.padding_ratio:.0%}"
+    )
 
 
 class TextSplit(Dataset[dict[str, Tensor]]):
@@ -66,7 +80,7 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         pad: id of the padding token.
         retokenise: index and random stream -> another list of ids for the same example, for augmentation; None leaves
             them as they are.
-        sampler: tells seed and view of the random streams.
+        seed: of the random streams.
     """
 
     def __init__(
@@ -75,31 +89,31 @@ class TextSplit(Dataset[dict[str, Tensor]]):
         labels: Tensor,
         pad: int,
         retokenise: Callable[[int, random.Random], Sequence[int]] | None = None,
-        sampler: EpochSampler | None = None,
+        seed: int = 0,
     ) -> None:
         self.tokens, self.labels, self.pad = tokens, labels, pad
-        self.retokenise, self.sampler = retokenise, sampler
+        self.retokenise, self.seed = retokenise, seed
 
-    def row(self, i: int) -> Sequence[int]:
-        """Ids of example i; with augmentation a pure function of (seed, view, i)."""
-        if self.retokenise is None or self.sampler is None:
-            return self.tokens[i]
-        return self.retokenise(i, random.Random(f"{self.sampler.seed} {self.sampler.view} {i}"))
+    def ids(self, view: int, index: int) -> Sequence[int]:
+        """Those of one example; with augmentation a pure function of (seed, view, index)."""
+        if self.retokenise is None:
+            return self.tokens[index]
+        return self.retokenise(index, random.Random(f"{self.seed} {view} {index}"))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        rows = [self.row(i) for i in indices]
-        width = max(map(len, rows))
-        index = torch.tensor(indices)
-        view = self.sampler.view if self.retokenise is not None and self.sampler is not None else 0
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        places = [divmod(row, len(self)) for row in rows]
+        texts = [self.ids(*place) for place in places]
+        width = max(map(len, texts))
+        view, index = torch.tensor(places).unbind(1)
         return {
-            "input_ids": torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+            "input_ids": torch.tensor([[*ids, *[self.pad] * (width - len(ids))] for ids in texts]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in texts]),
             "labels": self.labels[index],
             "index": index,
-            "view": torch.full_like(index, view),
+            "view": view,
         }
 
 
@@ -111,20 +125,16 @@ def text_loader(
     retokenise: Callable[[int, random.Random], Sequence[int]] | None = None,
     seed: int = 0,
     views: int | None = None,
+    workers: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
     """Batches of `input_ids`, `attention_mask` [B, L], `labels` [B], `index` [B], the place in the split, and `view`
-    [B]; see `BucketBatches` and `DataSet.loader`.
+    [B]; see `BucketBatches`, `DataSet.loader`, and `batch_loader` for `workers`.
 
     Raises:
         UserError: `batch_size` is not a positive integer.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: a batch needs at least one example; give a positive integer")
-    sampler = EpochSampler(len(split), shuffle=shuffle, seed=seed, views=views)
-    batches = BucketBatches([len(row) for row in split.tokens], sampler, batch_size)
-    examples = TextSplit(split.tokens, split.labels, split.pad, retokenise, sampler)
-    return DataLoader(examples, batch_sampler=batches, collate_fn=_as_is, generator=torch.Generator())
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+    sampler = EpochSampler(len(split), shuffle=shuffle, seed=seed, views=1 if retokenise is None else views)
+    lengths = [len(ids) for ids in split.tokens]
+    batches = BucketBatches(lengths, sampler, checked_batch_size(batch_size))
+    examples = TextSplit(split.tokens, split.labels, split.pad, retokenise, seed)
+    return batch_loader(examples, workers, batch_sampler=batches)

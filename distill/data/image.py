@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill.data.augment import jitter, uniforms
 from distill.data.base import ImageData, checked_views
+from distill.data.loading import batch_loader, checked_batch_size, checked_workers
 from distill.data.sampler import EpochSampler
 from distill.errors import UserError
 
@@ -31,29 +31,30 @@ class ImageSplit(Dataset[dict[str, Tensor]]):
     Args:
         pixels: [N, 1 or 3, H, W] uint8; one grey channel is repeated in the batch.
         labels: [N] int64.
-        sampler: tells seed and view of the random numbers.
-        strength: arguments of `augment.jitter`, drawn by (sampler.seed, sampler.view, index); None: no augmentation.
+        strength: arguments of `augment.jitter`, drawn by (seed, view, index); None: no augmentation.
+        seed: of the augmentation.
     """
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, sampler: EpochSampler, strength: Mapping[str, float] | None
+        self, pixels: Tensor, labels: Tensor, strength: Mapping[str, float] | None = None, seed: int = 0
     ) -> None:
-        self.pixels, self.labels, self.sampler, self.strength = pixels, labels, sampler, strength
+        self.pixels, self.labels = pixels, labels
+        self.strength, self.seed = None if strength is None else dict(strength), seed
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        index = torch.tensor(indices)
-        pixels, view = self.pixels[index].float() / 255, 0
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        row = torch.tensor(rows)
+        view, index = row // len(self), row % len(self)
+        pixels = self.pixels[index].float() / 255
         if self.strength is not None:
-            view = self.sampler.view
-            pixels = jitter(pixels, uniforms(self.sampler.seed, view, index), **self.strength)
+            pixels = jitter(pixels, uniforms(self.seed, view, index), **self.strength)
         return {
             "pixels": pixels.expand(-1, 3, -1, -1).contiguous(),
             "labels": self.labels[index],
             "index": index,
-            "view": torch.full_like(index, view),
+            "view": view,
         }
 
 
@@ -66,30 +67,23 @@ def image_loader(
     strength: Mapping[str, float] | None = None,
     seed: int = 0,
     views: int | None = None,
+    workers: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
     """Batches of `pixels` [B, 3, H, W] float32 in [0, 1], `labels` [B], `index` [B], the place in the split, and `view`
-    [B]; see `DataSet.loader`, and `ImageSplit` for `strength`.
+    [B]; see `DataSet.loader`, `ImageSplit` for `strength` and `batch_loader` for `workers`.
 
     A shuffled epoch leaves out a last batch of one example, on which batch normalisation is undefined.
 
     Raises:
         UserError: `batch_size` is not a positive integer.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: a batch needs at least one example; give a positive integer")
-    sampler = EpochSampler(len(labels), shuffle=shuffle, seed=seed, views=views)
-    return DataLoader(
-        ImageSplit(pixels, labels, sampler, strength),
-        batch_size=batch_size,
-        sampler=sampler,
+    return batch_loader(
+        ImageSplit(pixels, labels, strength, seed),
+        workers,
+        batch_size=checked_batch_size(batch_size),
+        sampler=EpochSampler(len(labels), shuffle=shuffle, seed=seed, views=1 if strength is None else views),
         drop_last=shuffle and len(labels) > batch_size and len(labels) % batch_size == 1,
-        collate_fn=_as_is,
-        generator=torch.Generator(),
     )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def stratified(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
@@ -125,7 +119,7 @@ class Digits(ImageData):
         size: side of the square the pictures are enlarged to, 8 to 256 pixels.
         limit: at most this many examples a split, balanced over the classes; None for all.
         seed: of the split. The default is the split that all results use.
-        views: see `DataSet.views`.
+        views, workers: see `DataSet`.
 
     Attributes:
         mean, std: of the training split at 32x32, in units of [0, 1] pixels; constants, whatever the arguments are.
@@ -142,8 +136,10 @@ class Digits(ImageData):
     std = (0.348, 0.348, 0.348)
     strength: Mapping[str, float] = MappingProxyType({"degrees": 12.0, "scale": 0.12, "shear": 0.15, "shift": 0.08})
 
-    def __init__(self, size: int = 32, limit: int | None = None, seed: int = 0, views: int | None = None) -> None:
-        self.views = checked_views(views)
+    def __init__(
+        self, size: int = 32, limit: int | None = None, seed: int = 0, views: int | None = None, workers: int = 0
+    ) -> None:
+        self.views, self.workers = checked_views(views), checked_workers(workers)
         if not 8 <= size <= 256:
             raise UserError(f"size={size}: the digits are 8x8 and may be enlarged up to 256; give a size from 8 to 256")
         if limit is not None and limit < 1:
@@ -189,7 +185,7 @@ class Digits(ImageData):
         strength = self.strength if augment else None
         return image_loader(
             self._pixels[split], self._labels[split],
-            batch_size=batch_size, shuffle=shuffle, strength=strength, seed=seed, views=views,
+            batch_size=batch_size, shuffle=shuffle, strength=strength, seed=seed, views=views, workers=self.workers,
         )  # fmt: skip
 
 

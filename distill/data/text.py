@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
+from random import Random
 
 import torch
 from babel import Locale
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from distill import fingerprint
 from distill.data.base import TextData, checked_views
 from distill.data.batches import TextSplit, text_loader
+from distill.data.loading import checked_workers
 from distill.data.wordpiece import PieceDropout, load_tokenizer, train_wordpiece
 from distill.errors import UserError
 
@@ -78,7 +80,7 @@ class Cldr(TextData):
         piece_dropout: of the augmentation, which cuts a phrase into other pieces; see `wordpiece.PieceDropout`.
         seed: of the split. The default is the split that all results use.
         limit: at most this many examples a split, balanced over the classes; None for all.
-        views: see `DataSet.views`.
+        views, workers: see `DataSet`.
 
     Raises:
         UserError: a number is out of range, or `tokenizer` cannot be loaded.
@@ -97,8 +99,9 @@ class Cldr(TextData):
         seed: int = 0,
         limit: int | None = None,
         views: int | None = None,
+        workers: int = 0,
     ) -> None:
-        self.views = checked_views(views)
+        self.views, self.workers = checked_views(views), checked_workers(workers)
         check("languages", languages, 2, len(LANGUAGES))
         check("examples", examples, 10)
         check("pieces", pieces, 100)
@@ -148,11 +151,16 @@ class Cldr(TextData):
         """See `text_loader`; `augment` cuts the phrases anew in every view."""
         if split not in SHARES:
             raise UserError(f"split={split!r}: no such split; choose one of {', '.join(SHARES)}")
-        phrases = self.phrases[split]
-        retokenise = (lambda i, random: self._cut(phrases[i], random)) if augment else None
         return text_loader(
-            self._splits[split], batch_size=batch_size, shuffle=shuffle, retokenise=retokenise, seed=seed, views=views
-        )
+            self._splits[split], batch_size=batch_size, shuffle=shuffle,
+            retokenise=partial(cut_anew, self._cut, self.phrases[split]) if augment else None,
+            seed=seed, views=views, workers=self.workers,
+        )  # fmt: skip
+
+
+def cut_anew(cut: PieceDropout, phrases: Sequence[str], index: int, random: Random) -> list[int]:
+    """Other pieces of a phrase."""
+    return cut(phrases[index], random)
 
 
 def check(name: str, value: int | None, lowest: int, highest: int | None = None) -> None:

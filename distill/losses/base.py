@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -229,10 +228,3 @@ def _rows(name: str, term: LossTerm, student: Features, teacher: Features | None
         count = sum(p.numel() for p in term.own[link.key].parameters()) if link.key in term.own else 0
         shapes = list(teacher.hidden[theirs].shape), list(student.hidden[mine].shape)
         yield Row(name, link.teacher, link.student, shapes[0], shapes[1], term.describe(link), count)
-
-
-def told(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> str:
-    """The terms, their values and weights, for a message; those whose weighted value is not finite come first."""
-    numbers = {name: value.item() for name, value in values.items()}
-    order = sorted(numbers, key=lambda name: math.isfinite((weights[name] * values[name]).item()))
-    return ", ".join(f"{name} is {numbers[name]:.4g} (weight {weights[name]:g})" for name in order)
