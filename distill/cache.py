@@ -14,6 +14,7 @@ from distill.features import Batch, Features
 from distill.shards import Columns, Shards, Table
 
 FORMAT = 1
+PREFIX = "teacher."
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -97,9 +98,17 @@ class CachedTeacher:
     def __init__(self, table: Table, contents: Contents, heads: int | None = None) -> None:
         self.table, self.contents, self.heads = table, contents, heads
 
+    def look_up(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch on the CPU and the columns of its examples, as `teacher.<column>`; in pinned memory if it is."""
+        columns = self.table[batch["view"] * self.contents.examples + batch["index"]]
+        if batch["index"].is_pinned():
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        return {**batch, **{f"{PREFIX}{name}": column for name, column in columns.items()}}
+
     def __call__(self, batch: Batch) -> Features:
-        device = batch["index"].device
-        columns = self.table[(batch["view"] * self.contents.examples + batch["index"]).cpu()]
-        logits = unpack(columns, self.contents.classes).to(device)
-        hidden = {name: columns[f"tap.{name}"].float().to(device) for name in self.contents.taps}
-        return Features(logits, hidden, batch.get("attention_mask"), self.heads)
+        """The teacher's features of a batch on the CPU, or on any device of one that was looked up."""
+        if not any(key.startswith(PREFIX) for key in batch):
+            batch = self.look_up(batch)
+        columns = {key.removeprefix(PREFIX): value for key, value in batch.items() if key.startswith(PREFIX)}
+        hidden = {name: columns[f"tap.{name}"].float() for name in self.contents.taps}
+        return Features(unpack(columns, self.contents.classes), hidden, batch.get("attention_mask"), self.heads)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
+from distill.cache import CachedTeacher
 from distill.features import Batch, Tapped
 from distill.finite import FiniteLoss
 from distill.losses import LossSum
@@ -103,6 +104,11 @@ class DistillModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._steps = self.trainer.estimated_stepping_batches
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """What a cache says is looked up on the CPU, since asking a GPU for the index would wait for it."""
+        teacher = self.teacher if self.trainer.training else None
+        return teacher.look_up(batch) if isinstance(teacher, CachedTeacher) else batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.loss.at(self.global_step / self._steps)
