@@ -1,193 +1,118 @@
-"""One training step of ours against a hand-written minimal PyTorch loop that does the same work, side by side.
+"""A training step of ours against a hand-written minimal PyTorch loop, side by side (`contest.py` says what both do).
 
     python benchmarks/step.py --out results/benchmarks/step.json
 
-For each pair: "online" asks the teacher in the step; "cached" has its logits in memory. The hand-written loop has the
-same networks and batches, the same loss formulas, AdamW (fused) and gradient clipping, and nothing else: no metrics, no
-logging, no checkpoints, no progress bar. Ours is `distill.fit.fit` with all of them. Both train in rounds that
-alternate; a step's time is from one batch to the next. Medians, quartiles, and ratio of medians (ours / by hand); below
-1 ours is faster. Peak memory is the resident set above that of the process after its imports, each in a process of
-its own. Last, the time from launch to the first step of `train.py model=bert student=tiny` with teacher and cache in
-the store.
+"step": full-size networks and inputs. Online, ours is compared with the same work by hand; cached, with the student
+*alone* by hand, so the price of distillation once the teacher has been asked. Medians of the steps of all rounds, and
+quartiles; below 1 ours is faster. "gain" is how much faster a cached step of ours is than the online one by hand, as a
+share of what leaving the teacher out could bring at most.
+
+"epoch": the data, sizes and callbacks that train.py uses by default, from the first batch of a cached epoch to the end
+of its last one, against an epoch of the student alone by hand. Small images and short phrases: here overhead shows
+most.
+
+Rounds alternate between all contestants, in turning order. Peak memory is the resident set above that of the process
+after its imports, each in a process of its own: "live" has the allocator give every freed tensor back at once, so that
+it counts what was alive together; "resident" is as the allocator does by default, medians of three, where fragmentation
+alone makes a difference of some per cent between two runs of one program.
+
+Last, the time from launch to the first step of `train.py model=bert student=tiny` with teacher and cache in the store.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
-import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
+from contest import PAIRS, Contest, FullSize, configured, steps
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table as Sheet
-from torch.utils.data import DataLoader, Dataset
 
-from distill import report
+from distill import report, stages
 from distill.app import CONF
-from distill.build import build, build_all
-from distill.cache import CachedTeacher, Contents
-from distill.features import Tapped
-from distill.fit import Schedule, Settings, fit
-from distill.losses import LossSum, LossTerm
 from distill.quiet import quiet
-from distill.shards import Table
-from distill.teacher import FrozenTeacher
 
-PAIRS = {"bert_tiny": 8, "resnet50_small": 8, "mobilenet_v3_small": 16}
-"""Pair -> batch size; 128 tokens, 224 pixels."""
-
-
-class Batches(Dataset[dict[str, torch.Tensor]]):
-    """Random inputs at full size, made once."""
-
-    def __init__(self, text: bool, batch: int, steps: int) -> None:
-        draw = torch.Generator().manual_seed(0)
-        total = batch * steps
-        self.index = torch.arange(total).split(batch)
-        self.labels = torch.randint(2, (total,), generator=draw).split(batch)
-        if text:
-            ids = torch.randint(1, 30522, (batch, 128), generator=draw)
-            self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        else:
-            self.inputs = {"pixels": torch.rand(batch, 3, 224, 224, generator=draw)}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {**self.inputs, "labels": self.labels[i], "index": self.index[i], "view": 0 * self.index[i]}
+SIDES = ("by_hand online", "ours online", "by_hand alone", "ours cached")
+ALLOCATORS = {
+    "live": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
+    "resident": {},
+}
+"""Environment of glibc's malloc."""
 
 
-class Data:
-    """What `fit` asks of a data set; the validation split is one batch."""
-
-    label_names = ("a", "b")
-
-    def __init__(self, text: bool, batch: int, steps: int) -> None:
-        self.steps, self.train = steps, Batches(text, batch, steps)
-
-    def loader(self, split: str, **options: Any) -> Any:
-        whole = self.train if split == "train" else Batches("input_ids" in self.train.inputs, 1, 1)
-        return DataLoader(whole, batch_size=None)
+def full_size(pair: str, batches: int, folder: Path) -> Contest:
+    return Contest(configured(pair), FullSize(pair.startswith("bert"), PAIRS[pair], batches), 1, folder)
 
 
-class Clock(pl.Callback):
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.marks.append(time.perf_counter())
+def by_default(pair: str, folder: Path) -> Contest:
+    cfg = configured(pair)
+    return Contest(cfg, stages.data_set(cfg), cfg.optim.batch_size, folder)
 
 
-def stored(logits: torch.Tensor) -> CachedTeacher:
-    """A cache of these logits [N, C]."""
-    examples, classes = logits.shape
-    contents = Contents("", "", "", examples, classes, False, 1, None, "32-true", "float32", None, {}, examples)
-    return CachedTeacher(Table([{"logits": logits}], examples), contents)
+def run(contest: Contest, side: str) -> list[float]:
+    who, mode = side.split()
+    return contest.ours(mode) if who == "ours" else contest.by_hand(mode)
 
 
-class Pair:
-    """The networks of a pair at full size with random weights, and both ways to train."""
-
-    def __init__(self, pair: str, steps: int, cached: bool) -> None:
-        model, _, student = pair.rpartition("_")
-        with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            self.cfg = hydra.compose("config", [f"model={model}", f"student={student}"])
-        text = model == "bert"
-        mean = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        facts = {"num_labels": 2, **({"vocab_size": 30522, "pad_token_id": 0} if text else mean)}
-        torch.manual_seed(0)
-        self.facts, self.data = facts, Data(text, PAIRS[pair], steps)
-        self.teacher = FrozenTeacher(build(self.cfg.teacher.network, Tapped, weights="scratch", **facts))
-        self.logits = torch.randn(PAIRS[pair] * steps, 2)
-        self.answers = stored(self.logits) if cached else self.teacher
-        self.student = build(self.cfg.student.network, Tapped, **facts)
-
-    def ours(self, folder: Path) -> list[float]:
-        arguments = {k: v for k, v in self.cfg.trainer.items() if k != "smoke"} | {"accelerator": "cpu"}
-        settings = Settings(folder, 0, arguments, [], Console(file=io.StringIO()), {})
-        clock = Clock()
-        schedule = Schedule(1, 1, 1e-4, 0.01, 0.1, 1.0, False)
-        fit(
-            self.student, LossSum(build_all(self.cfg.loss, LossTerm)), self.data, schedule, settings, stage="student",
-            teacher=self.answers, callbacks=[clock], checkpoints=folder, weights_only=True,
-        )  # fmt: skip
-        return differences(clock.marks)
-
-    def by_hand(self) -> list[float]:
-        student, teacher, temperature = self.student, self.teacher, float(self.cfg.loss.logits.temperature)
-        decayed = [p for p in student.parameters() if p.ndim >= 2]
-        others = [p for p in student.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-        student.train()
-        marks = []
-        for batch in self.data.loader("train"):
-            marks.append(time.perf_counter())
-            if isinstance(self.answers, CachedTeacher):
-                target = self.logits[batch["index"]]
-            else:
-                with torch.no_grad():
-                    target = teacher(batch).logits
-            logits = student(batch).logits
-            soft = F.kl_div(
-                F.log_softmax(logits / temperature, -1), F.log_softmax(target / temperature, -1),
-                log_target=True, reduction="batchmean",
-            )  # fmt: skip
-            loss = F.cross_entropy(logits, batch["labels"]) + temperature**2 * soft
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-        return differences(marks)
-
-
-def differences(marks: list[float]) -> list[float]:
-    """Seconds of each step but the first two, which warm up."""
-    return [b - a for a, b in pairwise(marks)][2:]
-
-
-def measure(pair: str, mode: str, rounds: int, steps: int) -> dict[str, Any]:
-    contest = Pair(pair, steps, mode == "cached")
-    times: dict[str, list[float]] = {"ours": [], "by_hand": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            times["by_hand"] += contest.by_hand()
-            times["ours"] += contest.ours(Path(folder))
-            for path in Path(folder).glob("*.ckpt"):
-                path.unlink()
-    rows: dict[str, Any] = {}
-    for name, values in times.items():
+def interleaved(
+    contest: Contest, sides: tuple[str, ...], rounds: int, read: Callable[[list[float]], list[float]], done: Any
+) -> dict[str, dict[str, float]]:
+    """Median and quartiles of what `read` makes of the times of each side."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds):
+        turn = number % len(sides)
+        for side in (*sides[turn:], *sides[:turn]):
+            times[side] += read(run(contest, side))
+            done()
+    rows = {}
+    for side, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
-        rows[name] = {"median": median, "low_quartile": low, "high_quartile": high, "steps": len(values)}
-    rows["ratio"] = rows["ours"]["median"] / rows["by_hand"]["median"]
+        rows[side] = {"median": median, "low_quartile": low, "high_quartile": high, "count": len(values)}
     return rows
 
 
-def peak(pair: str, mode: str, who: str, steps: int) -> int:
-    """Bytes of resident memory that training takes above what the imports took, in a process of its own."""
-    command = [sys.executable, __file__, "--memory", pair, mode, who, "--steps", str(steps)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Of the medians of the sides that were timed."""
+    median = {side: row["median"] for side, row in rows.items()}
+    found = {"cached": median["ours cached"] / median["by_hand alone"]}
+    if "ours online" in median:
+        found["online"] = median["ours online"] / median["by_hand online"]
+        found["ceiling"] = median["by_hand online"] / median["by_hand alone"]
+        found["gain"] = median["by_hand online"] / median["ours cached"] / found["ceiling"]
+    return found
 
 
-def memory(pair: str, mode: str, who: str, steps: int) -> int:
+def peaks(pair: str, allocator: str, repeats: int, done: Any) -> dict[str, int]:
+    """Median peak of each side in bytes."""
+    found: dict[str, list[int]] = {side: [] for side in SIDES}
+    for _ in range(repeats):
+        for side in SIDES:
+            command = [sys.executable, __file__, "--memory", pair, side]
+            environment = os.environ | ALLOCATORS[allocator]
+            said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+            found[side].append(int(said.split()[-1]))
+            done()
+    return {side: int(statistics.median(values)) for side, values in found.items()}
+
+
+def memory(pair: str, side: str) -> int:
+    """Bytes of resident memory that three steps take above what the imports took."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     before = resident_peak()
-    contest = Pair(pair, steps, mode == "cached")
     with tempfile.TemporaryDirectory() as folder:
-        contest.by_hand() if who == "by_hand" else contest.ours(Path(folder))
+        run(full_size(pair, 3, Path(folder)), side)
     return resident_peak() - before
 
 
@@ -221,28 +146,47 @@ def first_step(overrides: list[str]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=7, help="a round and side; the first two are not counted")
+    parser.add_argument("--repeats", type=int, default=3, help="of the resident memory")
     parser.add_argument("--pairs", default=",".join(PAIRS))
     parser.add_argument("overrides", nargs="*", help="of the quick run whose start is timed")
-    parser.add_argument("--memory", nargs=3, metavar=("PAIR", "MODE", "WHO"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("PAIR", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
     if options.memory:
-        print(memory(*options.memory, steps=options.steps))
+        print(memory(*options.memory))
         return
-    console, rows = Console(), {}
-    table = Sheet("pair", "mode", "by hand, s", "ours, s", "ratio", "memory ratio")
-    for pair in options.pairs.split(","):
-        for mode in ("online", "cached"):
-            with console.status(f"{pair} {mode}"):
-                row = measure(pair, mode, options.rounds, options.steps)
-                bytes_ = {who: peak(pair, mode, who, 3) for who in ("by_hand", "ours")}
-            row["peak_bytes"], row["memory_ratio"] = bytes_, bytes_["ours"] / bytes_["by_hand"]
-            rows[f"{pair} {mode}"] = row
-            cells = [f"{row[who]['median']:.3f}" for who in ("by_hand", "ours")]
-            table.add_row(pair, mode, *cells, f"{row['ratio']:.3f}", f"{row['memory_ratio']:.3f}")
-    console.print(table)
+    console, pairs, rows = Console(), options.pairs.split(","), {}
+    with Progress(console=console, transient=True) as bar:
+        work = len(pairs) * (6 * options.rounds + 4 * (options.repeats + 1))
+        task = bar.add_task("rounds", total=work)
+
+        def done() -> None:
+            bar.advance(task)
+
+        for pair in pairs:
+            with tempfile.TemporaryDirectory() as folder:
+                contest = full_size(pair, options.steps, Path(folder) / "step")
+                step = interleaved(contest, SIDES, options.rounds, steps, done)
+                contest = by_default(pair, Path(folder) / "epoch")
+                epoch = interleaved(contest, SIDES[2:], options.rounds, lambda marks: [marks[-1] - marks[0]], done)
+                del contest
+            bytes_ = {
+                name: peaks(pair, name, options.repeats if name == "resident" else 1, done) for name in ALLOCATORS
+            }
+            rows[pair] = {
+                "step": step, "step_ratios": ratios(step), "epoch": epoch, "epoch_ratios": ratios(epoch),
+                "peak_bytes": bytes_,
+                "memory_ratios": {
+                    name: {
+                        "online": b["ours online"] / b["by_hand online"],
+                        "cached": b["ours cached"] / b["by_hand alone"],
+                    }
+                    for name, b in bytes_.items()
+                },
+            }  # fmt: skip
+    console.print(sheet(rows))
     starts = [first_step(options.overrides) for _ in range(3)]
     if None in starts:
         console.print("time to the first step: not measured; run python train.py model=bert student=tiny first")
@@ -254,6 +198,16 @@ def main() -> None:
             "rows": rows, "seconds_to_first_step": starts, "versions": report.versions(), "hardware": report.hardware(),
         }  # fmt: skip
         options.out.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def sheet(rows: dict[str, Any]) -> Sheet:
+    """The ratios, ours / by hand."""
+    table = Sheet("pair", "online step", "memory", "cached step", "memory", "gain / ceiling", "cached epoch")
+    for pair, row in rows.items():
+        step, memory_ = row["step_ratios"], row["memory_ratios"]["live"]
+        figures = (step["online"], memory_["online"], step["cached"], memory_["cached"], step["gain"])
+        table.add_row(pair, *(f"{figure:.3f}" for figure in (*figures, row["epoch_ratios"]["cached"])))
+    return table
 
 
 if __name__ == "__main__":
