@@ -43,6 +43,10 @@ def _task(cfg: DictConfig) -> None:
     folder, choices = Path(hydra_cfg.runtime.output_dir), hydra_cfg.runtime.choices
     try:
         preflight(cfg, list(hydra_cfg.overrides.task))
+        if cfg.resume is not None:
+            remove_if_empty(folder)  # Hydra makes one for each start
+            go_on(str(cfg.resume), list(hydra_cfg.overrides.task))
+            return
         from distill.run import run
 
         own = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
@@ -55,6 +59,17 @@ def _task(cfg: DictConfig) -> None:
     except (UserError, OmegaConfBaseException) as error:
         remove_if_empty(folder)
         fail(str(error).splitlines()[0])
+
+
+def go_on(folder: str, overrides: list[str]) -> None:
+    """Continue the run in a folder."""
+    from distill.resume import interrupted
+
+    cfg, progress = interrupted(folder, overrides)
+    preflight(cfg, [])
+    from distill.run import run
+
+    run(cfg, Path(progress.folder), name=progress.name, command=progress.command, earlier=progress)
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -29,7 +29,8 @@ class Features:
     Attributes:
         logits: [B, C], before softmax.
         hidden: the watched taps by semantic name. Layers: [B, L, D] for text, [B, D, H, W] for images; `pooled`, what
-            the classifier reads: [B, D]; `layerN.query`, `.key` and `.value`, the projections of all heads: [B, L, D].
+            the classifier reads: [B, D]; `layerN.cls`, the first token's state after a layer: [B, D]; `layerN.query`,
+            `.key` and `.value`, the projections of all heads: [B, L, D].
         mask: [B, L], 1 for real tokens and 0 for padding; None where there is no padding.
         heads: number of attention heads; None where there is no attention.
     """
@@ -104,7 +105,11 @@ class Tapped(nn.Module):
 
     def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._running:  # not while the backward pass computes activations again
-            self._captured[name] = output[0] if isinstance(output, tuple) else output
+            self._captured[name] = self.part(name, output[0] if isinstance(output, tuple) else output)
+
+    def part(self, name: str, output: Tensor) -> Tensor:
+        """What a tap keeps of the output of its place: all of it."""
+        return output
 
     @contextmanager
     def compiled(self, wanted: bool) -> Iterator[None]:
@@ -150,7 +155,14 @@ class Tapped(nn.Module):
 
 
 class TappedText(Tapped):
-    """A transformers sequence classifier, fed with `input_ids` and `attention_mask` [B, L]."""
+    """A transformers sequence classifier, fed with `input_ids` and `attention_mask` [B, L].
+
+    Of places that are called `NAME.cls` the taps keep the first token alone.
+    """
+
+    def part(self, name: str, output: Tensor) -> Tensor:
+        # A copy, or the states of all tokens would stay alive with it.
+        return output[:, 0].contiguous() if name.endswith(".cls") else output
 
     @property
     def heads(self) -> int | None:

@@ -16,8 +16,9 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from torch import Tensor
 
+from distill import tracking
 from distill.callbacks.progress import StageProgress
-from distill.checkpoint import AtomicCheckpointIO, Provenance, load_weights
+from distill.checkpoint import AtomicCheckpointIO, Provenance, RandomState, latest, load_weights
 from distill.errors import UserError, one_line
 from distill.features import Tapped
 from distill.losses import LossSum
@@ -25,7 +26,7 @@ from distill.module import DistillModule
 from distill.processes import processes, share
 from distill.sharded import NAME as SHARDED
 from distill.sharded import ShardedStrategy
-from distill.teacher import Teacher
+from distill.teacher import FrozenTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    Attributes:
+        provenance: what every checkpoint holds under `distill`.
+        resumed: the folder has what an earlier start of this run left.
+    """
 
     folder: Path
     seed: int
@@ -80,6 +86,7 @@ class Settings:
     loggers: list[Logger]
     console: Console
     provenance: dict[str, Any]
+    resumed: bool = False
 
 
 def trainer(settings: Settings, callbacks: Sequence[pl.Callback] = (), **more: Any) -> pl.Trainer:
@@ -178,6 +185,7 @@ def fit(
     *,
     stage: str,
     teacher: Teacher | None = None,
+    shard_teacher: bool = False,
     views: int | None = None,
     callbacks: Sequence[pl.Callback] = (),
     checkpoints: Path,
@@ -186,24 +194,29 @@ def fit(
 ) -> DistillModule:
     """Train, keep one epoch, and return the module with its weights.
 
+    Goes on from `last.ckpt` where an earlier start of the run left one, to the same weights as without the interruption
+    (but for dropout in the processes after the first one).
+
     Args:
+        shard_teacher: with `trainer.strategy=fsdp2`, each process holds a share of the teacher instead of all of it.
         views: random augmentation starts over after this many epochs; None for new views in every epoch.
         checkpoints: folder for `best.ckpt` and, unless `weights_only`, `last.ckpt`.
-        weights_only: leave optimiser and scheduler out of the checkpoint.
+        weights_only: leave optimiser and scheduler out of the checkpoint, so that nothing can go on from it.
         keep: "best", the latest of the epochs with the best validation accuracy, or "last".
     """
     options = asdict(schedule)
     epochs, batch_size, clip, augment = (options.pop(key) for key in ("epochs", "batch_size", "clip", "augment"))
-    options |= {"teacher": teacher, "stage": stage, "num_labels": len(data.label_names)}
-    module = DistillModule(network, loss, **options)
+    options |= {"stage": stage, "num_labels": len(data.label_names)}
+    module = DistillModule(network, loss, teacher=teacher, **options)
     saved: dict[str, Any] = {"save_weights_only": weights_only, "enable_version_counter": False}
     choice: dict[str, Any] = {"monitor": f"{stage}/val_{module.metric}", "mode": "max"} if keep == "best" else {}
     best = LatestBest(checkpoints, filename="best", **choice, **saved)
     # A callback of its own: with `save_last` Lightning saves only the epochs that are the best so far.
     last = [] if weights_only else [ModelCheckpoint(checkpoints, filename="last", **saved)]
+    own = [StageProgress(stage, settings.console), Provenance(settings.provenance), RandomState(), best, *last]
     worker = trainer(
         settings,
-        [StageProgress(stage, settings.console), Provenance(settings.provenance), best, *last, *callbacks],
+        [*own, *callbacks],
         max_epochs=epochs,
         gradient_clip_val=clip or None,
     )
@@ -211,9 +224,21 @@ def fit(
     train = data.loader("train", batch_size=batch_size, shuffle=True, augment=augment, seed=settings.seed, views=views)
     pl.seed_everything(settings.seed + worker.global_rank, verbose=False)
     trained = module
-    if isinstance(worker.strategy, ShardedStrategy):  # a copy, since what is sharded stays in shards
-        trained = DistillModule(duplicate(network), copy.deepcopy(loss), **options)
+    if isinstance(worker.strategy, ShardedStrategy):  # copies, since what is sharded stays in shards
+        if shard_teacher and isinstance(teacher, FrozenTeacher):
+            teacher = FrozenTeacher(duplicate(teacher.network))
+        trained = DistillModule(
+            duplicate(network), copy.deepcopy(loss), teacher=teacher, shard_teacher=shard_teacher, **options
+        )
+    start = latest(checkpoints, settings.provenance) if settings.resumed and not weights_only else None
+    if settings.resumed:
+        epoch, step = (start["epoch"] + 1, start["global_step"]) if start is not None else (0, 0)
+        train.batch_sampler.sampler.set_epoch(epoch)  # Lightning does so after worker processes have begun to load
+        tracking.rewind(settings.loggers, stage, step)
     with interruptible(), all_gradients():
-        worker.fit(trained, share(train, world), data.loader("val", batch_size=max(batch_size // world, 128)))
-    load_weights(module, best.best_model_path)
+        worker.fit(
+            trained, share(train, world), data.loader("val", batch_size=max(batch_size // world, 128)),
+            ckpt_path=None if start is None else checkpoints / "last.ckpt", weights_only=True,
+        )  # fmt: skip
+    load_weights(module, checkpoints / "best.ckpt")
     return module

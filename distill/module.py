@@ -15,8 +15,8 @@ from distill.cache import CachedTeacher
 from distill.features import Batch, Tapped
 from distill.finite import FiniteLoss
 from distill.losses import LossSum
-from distill.sharded import shard
-from distill.teacher import Teacher
+from distill.sharded import shard, shard_parameters
+from distill.teacher import FrozenTeacher, Teacher
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
@@ -62,6 +62,7 @@ class DistillModule(pl.LightningModule):
         lr: peak learning rate of AdamW; that of a term's own parameters is `term.lr_multiplier` times it.
         weight_decay: decoupled weight decay of AdamW, for matrices and kernels.
         warmup: share of the steps over which the learning rate rises.
+        shard_teacher: a teacher that is a network is sharded wherever the student is; else each process has all of it.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class DistillModule(pl.LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
+        shard_teacher: bool = False,
     ) -> None:
         super().__init__()
         if loss.needs_teacher and teacher is None:
@@ -84,6 +86,7 @@ class DistillModule(pl.LightningModule):
         self._ddp_params_and_buffers_to_ignore = [f"loss.{name}" for name, _ in loss.named_buffers()]
         self.stage = stage
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.shard_teacher = shard_teacher
         self._teacher = (teacher,) if loss.needs_teacher else (None,)
         self.metric, metric = validation_metric(loss.task, num_labels)
         self.val_metric = metric
@@ -96,7 +99,11 @@ class DistillModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            shard(self.student, self.loss, self.device_mesh["data_parallel"])
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.student, mesh)
+            shard_parameters(self.loss, mesh)
+            if self.shard_teacher and isinstance(self.teacher, FrozenTeacher):
+                shard(self.teacher.network, mesh)
 
     def on_fit_start(self) -> None:
         if isinstance(self.teacher, nn.Module):

@@ -21,27 +21,32 @@ from distill.losses import LossSum, LossTerm
 from distill.precision import precision
 from distill.processes import check_batch, connected, once, processes
 from distill.quiet import quiet
+from distill.resume import Progress
 
 
-def run(cfg: DictConfig, folder: Path, *, name: str, command: str) -> dict[str, Any]:
+def run(cfg: DictConfig, folder: Path, *, name: str, command: str, earlier: Progress | None = None) -> dict[str, Any]:
     """Run every stage, write the run folder, and return the report.
 
     Of several processes each one goes through all stages, and the first one writes.
 
     Args:
         cfg: the composed configuration; `conf/config.yaml` is its table of contents.
-        folder: the run folder; it exists and is empty. Of several processes, that of the first one counts.
+        folder: the run folder; it exists and is empty, or has an `earlier` start of this run. Of several processes,
+            that of the first one counts.
         name: of the run, "<model>_<student>".
         command: how to run it again, for the report.
+        earlier: how far that start came.
 
     Raises:
         UserError: the configuration asks for something that does not exist or does not fit.
     """
     with ExitStack() as block:
-        return stage_by_stage(cfg, folder, name, command, block)
+        return stage_by_stage(cfg, folder, name, command, earlier, block)
 
 
-def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block: ExitStack) -> dict[str, Any]:
+def stage_by_stage(
+    cfg: DictConfig, folder: Path, name: str, command: str, earlier: Progress | None, block: ExitStack
+) -> dict[str, Any]:
     """See `run`; the processes are connected until `block` ends."""
     quiet()
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -67,12 +72,14 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
     first, folder = processes()[0] == 0, once(lambda: folder)
     console.quiet = not first
     loggers = list(build_all(cfg.logger, Logger, folder=folder, name=name).values()) if first else []
+    progress = earlier or Progress(name, command, started, str(folder.resolve()))
     if first:
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        progress.write()
     for logger in loggers:
         logger.log_hyperparams(config)
-    settings = Settings(folder, cfg.seed, arguments, loggers, console, {"config": config})
-    job = stages.Job(cfg, data, settings)
+    settings = Settings(folder, cfg.seed, arguments, loggers, console, {"config": config}, resumed=earlier is not None)
+    job = stages.Job(cfg, data, settings, progress)
     job.say(f"[bold]{name}[/bold]  run folder: {folder}")
     sizes = " + ".join(f"{count:,} {split}" for split, count in data.sizes.items())
     job.say(f"data  {data.name}: {sizes} examples, {len(data.label_names)} classes")
@@ -99,6 +106,7 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
                 settings,
                 stage="student",
                 teacher=answers,
+                shard_teacher=cfg.teacher.shard,
                 views=data.views,
                 callbacks=[diagnostics],
                 checkpoints=folder / "checkpoints",
@@ -121,8 +129,9 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
             "command": command,
             "seed": cfg.seed,
             "smoke": cfg.trainer.smoke,
-            "started": started,
-            "seconds": job.seconds,
+            "started": progress.started,
+            "seconds": progress.seconds,
+            "resumed": progress.resumed,
             "versions": report.versions(),
             "hardware": report.hardware(),
         },
@@ -144,6 +153,7 @@ def stage_by_stage(cfg: DictConfig, folder: Path, name: str, command: str, block
     document["exports"] = once(lambda: stages.export_stage(job, student, document))
     if first:
         finish(document, settings)
+        progress.finish()
     return document
 
 

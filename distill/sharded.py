@@ -32,15 +32,19 @@ class ShardedStrategy(ModelParallelStrategy):
 StrategyRegistry.register(NAME, ShardedStrategy, description="FSDP2: fully_shard over all processes")
 
 
-def shard(student: Tapped, loss: nn.Module, mesh: Any) -> None:
-    """Shard the layers of the student, what is outside of them, and the parameters of the loss, in place.
+def shard(network: Tapped, mesh: Any) -> None:
+    """Shard the layers of a network, and what is outside of them, in place.
 
     Args:
         mesh: of the processes, one-dimensional.
     """
-    student.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # other shards are refused
-    for name in student.layers:
-        fully_shard(student.backbone.get_submodule(student.places[name]), mesh=mesh)
-    fully_shard(student.backbone, mesh=mesh)
-    if any(True for _ in loss.parameters()):
-        fully_shard(loss, mesh=mesh)
+    network.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # other shards are refused
+    for name in network.layers:
+        fully_shard(network.backbone.get_submodule(network.places[name]), mesh=mesh)
+    fully_shard(network.backbone, mesh=mesh)
+
+
+def shard_parameters(module: nn.Module, mesh: Any) -> None:
+    """Shard a module as one, in place; nothing where it has no parameters."""
+    if any(True for _ in module.parameters()):
+        fully_shard(module, mesh=mesh)

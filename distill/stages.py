@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from distill import fingerprint, store
+from distill import fingerprint, store, tracking
 from distill.build import build
 from distill.callbacks.evaluation import Evaluation
 from distill.callbacks.progress import StageProgress
@@ -31,7 +32,7 @@ from distill.layout import EXPORT
 from distill.losses import CrossEntropy, LossSum, Row
 from distill.module import DistillModule
 from distill.processes import once, processes, wait_for_all
-from distill.schema import STAGES
+from distill.resume import Progress
 from distill.sharded import NAME as SHARDED
 from distill.teacher import FrozenTeacher, as_in_training
 from students.bert import start_from
@@ -42,23 +43,26 @@ class Job:
     """What the stages of one run have in common.
 
     Attributes:
-        seconds: wall-clock time by stage; None for a stage that was not needed.
+        progress: how far the run is, written after each stage; None where that is not kept.
         teacher_says: [N] the teacher's class for each test example, once it was evaluated.
     """
 
     cfg: DictConfig
     data: DataSet
     settings: Settings
-    seconds: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
+    progress: Progress | None = None
     teacher_says: torch.Tensor | None = None
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Print what begins, and add the time it takes to `seconds[name]`."""
+        """Print what begins, and add the time it takes to that of the stage."""
         self.say(f"[bold]{name}[/bold]  {title}")
         start = time.perf_counter()
         yield
-        self.seconds[name] = (self.seconds[name] or 0.0) + time.perf_counter() - start
+        if self.progress is not None:
+            seconds = self.progress.seconds
+            seconds[name] = (seconds[name] or 0.0) + time.perf_counter() - start
+            once(self.progress.write)
 
     def say(self, text: str) -> None:
         self.settings.console.print(text, highlight=False, soft_wrap=True)
@@ -260,7 +264,6 @@ def baseline_stage(job: Job, loss: LossSum, schedule: Schedule) -> Tapped | None
                 stage="baseline",
                 views=job.data.views,
                 checkpoints=checkpoints,
-                weights_only=True,
             )
     return network
 
@@ -316,6 +319,8 @@ def evaluate(job: Job, network: Tapped, stage: str) -> Evaluation:
         network, LossSum({"ce": CrossEntropy()}, job.data.task), stage=stage, num_labels=len(job.data.label_names)
     )
     progress = StageProgress(stage, job.settings.console)
+    if job.settings.resumed:
+        tracking.rewind(job.settings.loggers, stage, math.inf)
 
     def measured() -> tuple[dict[str, Any], torch.Tensor, float]:
         with interruptible():

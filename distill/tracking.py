@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from distill.errors import UserError, one_line
+from distill.report import replace
 
 
 class _Record(ExperimentWriter):
@@ -37,6 +39,25 @@ class RecordLogger(CSVLogger):
 
     def save(self) -> None:
         self.experiment.save()
+
+    def rewind(self, stage: str, step: float) -> None:
+        """Drop what an earlier start of the run logged for a stage from `step` on, and its evaluation: both are going
+        to be logged again."""
+        path = Path(self.experiment.metrics_file_path)
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), list(reader.fieldnames or [])
+        mine = [name for name in names if name.startswith(f"{stage}/")]
+        again = [row for row in rows if any(row[name] for name in mine)]
+        again = [row for row in again if int(row["step"]) >= step or row.get(f"{stage}/params")]
+        kept = [row for row in rows if row not in again]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(kept)
+        replace(path, text.getvalue())
 
 
 class MirrorLogger(Logger):
@@ -114,6 +135,13 @@ def wandb_logger(
 
     mirror.guard(start)
     return mirror
+
+
+def rewind(loggers: list[Logger], stage: str, step: float) -> None:
+    """Let the record forget what a stage logged from `step` on, and its evaluation."""
+    for logger in loggers:
+        if isinstance(logger, RecordLogger):
+            logger.rewind(stage, step)
 
 
 def finish(loggers: list[Logger], summary: dict[str, Any]) -> None:

@@ -237,33 +237,82 @@ def timed(figures: dict[str, float]) -> str:
     return f"{figures['median']:.3f} | {figures['ratio']:.2f}"
 
 
-def timings() -> str:
-    """results/benchmarks/README.md."""
+def against(row: dict[str, Any], by_hand: str, ours: str) -> str:
+    """Medians of two sides of a step, and the ratios of time and memory."""
+    memory = [row["memory_ratios"][name][ours.split()[1]] for name in ("live", "resident")]
+    step = row["step"]
+    figures = (step[by_hand]["median"], step[ours]["median"], row["step_ratios"][ours.split()[1]], *memory)
+    return " | ".join(f"{figure:.3f}" for figure in figures)
+
+
+def step_timings() -> list[str]:
     step = json.loads((TIMINGS.parent / "step.json").read_text())
-    over = json.loads((TIMINGS.parent / "overhead.json").read_text())
     sizes = ", ".join(f"{size} ({pair})" for pair, size in step["batch"].items())
+    counts = {row["step"]["ours cached"]["count"] for row in step["rows"].values()}
     lines = [
-        "# What was timed side by side", "", "This page is made by `python docs/make.py`.", "",
-        "## A step against a hand-written loop", "",
-        f"Made by `{step['command']}`, in [step.json](step.json): full-size networks, batches "
-        "of "
-        f"{sizes}, 128 tokens or 224 pixels, "
-        f"{step['threads']} threads. Ratios are ours / by hand: medians of interleaved steps, and peak memory above "
-        "the imports.", "",
-        "| pair | teacher | by hand, s | ours, s | time | memory |", "| --- | --- | ---: | ---: | ---: | ---: |",
+        "## A step against a hand-written loop",
+        "",
+        f"Made by `{step['command']}`, in [step.json](step.json): full-size networks, batches of {sizes}, 128 tokens "
+        f"or 224 pixels, {step['threads']} threads, medians of {min(counts)} interleaved steps a side. Ratios are "
+        "ours / by hand. Memory is the peak above the imports: *live*, what is alive together, and *resident*, with "
+        "all that the allocator keeps (`benchmarks/step.py` says how).",
+        "",
+        "Online: the teacher is asked in the step, by both.",
+        "",
+        "| pair | by hand, s | ours, s | time | memory, live | resident |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *(f"| {pair} | {against(row, 'by_hand online', 'ours online')} |" for pair, row in step["rows"].items()),
+        "",
+        "Cached: ours, with all terms and answers from shards on the disk, against the student *alone* by hand, on the "
+        "labels. The ceiling is what leaving the teacher out can bring: online / alone, by hand. Epoch: the default "
+        "run's data and callbacks, small images and short phrases, again against the student alone.",
+        "",
+        "| pair | alone by hand, s | ours, s | time | memory, live | resident | ceiling | reached | epoch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(
-            f"| {name.replace(' ', ' | ')} | {row['by_hand']['median']:.3f} | {row['ours']['median']:.3f} "
-            f"| {row['ratio']:.3f} | {row['memory_ratio']:.3f} |"
-            for name, row in step["rows"].items()
-        ), "",
-    ]  # fmt: skip
+            f"| {pair} | {against(row, 'by_hand alone', 'ours cached')} | {row['step_ratios']['ceiling']:.2f}× | "
+            f"{row['step_ratios']['gain']:.0%} | {row['epoch_ratios']['cached']:.3f} |"
+            for pair, row in step["rows"].items()
+        ),
+        "",
+    ]
     if None not in step["seconds_to_first_step"]:
         starts = ", ".join(f"{seconds:.1f}" for seconds in step["seconds_to_first_step"])
         lines += [f"From launch to the first step of the quick run, teacher and cache in the store: {starts} s.", ""]
-    lines += [
+    return lines
+
+
+def throughput_timings() -> list[str]:
+    """A table for each `throughput*.json`, of the CPU or of a GPU."""
+    lines = ["## Examples a second", ""]
+    for path in sorted(TIMINGS.parent.glob("throughput*.json")):
+        document = json.loads(path.read_text())
+        hardware = document["hardware"]
+        where = hardware["accelerator"] or f"{hardware['cpu']}, {document['threads']} threads"
+        ways = list(next(iter(document["rows"].values()))["ways"])
+        lines += [
+            f"Made by `{document['command']}`, in [{path.name}]({path.name}): {where}, "
+            f"{document['trainer']['precision']}, 128 tokens or 224 pixels. In brackets: seconds of the first two "
+            "steps, in which compiling happens.",
+            "",
+            f"| pair | batch | {' | '.join(ways)} |",
+            f"| --- | ---: |{' ---: |' * len(ways)}",
+        ]
+        for pair, row in document["rows"].items():
+            cells = " | ".join(
+                f"{figures['examples_per_second']:,.1f} ({figures['seconds_of_first_steps']:.0f})"
+                for figures in row["ways"].values()
+            )
+            lines.append(f"| {pair} | {row['batch']} | {cells} |")
+        lines.append("")
+    return lines
+
+
+def overhead_timings() -> list[str]:
+    over = json.loads((TIMINGS.parent / "overhead.json").read_text())
+    return [
         "## Terms on layers", "",
-        f"Made by `{over['command']}`, in [overhead.json](overhead.json): {over['pair']}, batch "
-        f"{over['batch']}, "
+        f"Made by `{over['command']}`, in [overhead.json](overhead.json): {over['pair']}, batch {over['batch']}, "
         f"{over['length']} tokens, {over['threads']} threads. Ratios to `ce+logits`: medians over "
         f"{over['rounds']} rounds.",
         "", "| loss | student's step, s | ratio | online step, s | ratio |", "| --- | ---: | ---: | ---: | ---: |",
@@ -272,7 +321,12 @@ def timings() -> str:
             for name, row in over["rows"].items()
         ),
     ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+
+
+def timings() -> str:
+    """results/benchmarks/README.md."""
+    head = ["# What was timed side by side", "", "This page is made by `python docs/make.py`.", ""]
+    return "\n".join([*head, *step_timings(), *throughput_timings(), *overhead_timings()]) + "\n"
 
 
 if __name__ == "__main__":

@@ -24,14 +24,16 @@ STARTS = ("uniform", "first", "last")
 
 def places(backbone: BertForSequenceClassification) -> dict[str, str]:
     """Taps of a BERT: `embeddings`; `layer1` to `layerN`, the hidden states [B, L, D] after each layer; `pooled`
-    [B, D]; and `layerN.query`, `layerN.key`, `layerN.value`, the projections [B, L, D] inside each layer."""
+    [B, D]; `layerN.cls`, the state of the first token [B, D]; and `layerN.query`, `layerN.key`, `layerN.value`, the
+    projections [B, L, D] inside each layer."""
     layers = {f"layer{i + 1}": f"bert.encoder.layer.{i}" for i in range(backbone.config.num_hidden_layers)}
     inside = {
         f"{name}.{part}": f"{path}.attention.self.{part}"
         for name, path in layers.items()
         for part in ("query", "key", "value")
     }
-    return {"embeddings": "bert.embeddings", **layers, "pooled": "bert.pooler", **inside}
+    first = {f"{name}.cls": path for name, path in layers.items()}
+    return {"embeddings": "bert.embeddings", **layers, "pooled": "bert.pooler", **first, **inside}
 
 
 def bert(

@@ -53,12 +53,18 @@ def test_a_student_has_the_shape_it_was_asked_for() -> None:
     assert features.logits.shape == (2, 5)
     layers = ["layer1", "layer2", "layer3"]
     inside = [f"{layer}.{part}" for layer in layers for part in ("query", "key", "value")]
-    assert list(network.places) == ["embeddings", *layers, "pooled", *inside]
+    first = [f"{layer}.cls" for layer in layers]
+    assert list(network.places) == ["embeddings", *layers, "pooled", *first, *inside]
     assert features.hidden.keys() == network.places.keys()
     assert network.layers == layers
     assert network.heads == features.heads == 4
-    assert features.hidden["pooled"].shape == (2, 24)
-    assert {tuple(value.shape) for name, value in features.hidden.items() if name != "pooled"} == {(2, 4, 24)}
+    vectors = ["pooled", *first]
+    assert {tuple(features.hidden[name].shape) for name in vectors} == {(2, 24)}
+    assert {tuple(value.shape) for name, value in features.hidden.items() if name not in vectors} == {(2, 4, 24)}
+    for layer in layers:
+        state = features.hidden[f"{layer}.cls"]
+        torch.testing.assert_close(state, features.hidden[layer][:, 0], rtol=0, atol=0)
+        assert state.untyped_storage().nbytes() == 2 * 24 * 4, "the other tokens do not stay alive with it"
     assert not network.head_loaded
 
 
@@ -67,7 +73,7 @@ def test_the_teacher_is_bert_base() -> None:
         teacher = bert_base(2, 30522, 0)
     assert sum(p.numel() for p in teacher.parameters()) == 109_483_778
     assert teacher.layers == [f"layer{i}" for i in range(1, 13)]
-    assert len(teacher.places) == 1 + 12 + 1 + 3 * 12
+    assert len(teacher.places) == 1 + 12 + 1 + 4 * 12
     assert teacher.heads == 12
 
 

@@ -34,9 +34,10 @@ from distill.errors import UserError
 from distill.fill import fill, processes
 from distill.fit import fit, trainer
 from distill.losses import CrossEntropy, LogitsKL, LossSum
-from distill.losses.hidden import Hidden
+from distill.losses.hidden import Hidden, PatientKD
 from distill.losses.relation import RelationalKD
 from distill.plan import Estimate, Pace, decide
+from distill.resume import FILE, Progress
 from distill.run import run
 from distill.shards import Table
 from distill.teacher import FrozenTeacher, Teacher, as_in_training
@@ -460,7 +461,8 @@ class Stage:
         self.store, self.run, self.data = folder / "store", folder / "run", data
         self.run.mkdir(parents=True, exist_ok=True)
         cfg = OmegaConf.create({"store": str(self.store), "trainer": {"smoke": smoke}})
-        self.job = stages.Job(cfg, data, settings(self.run))
+        self.progress = Progress("a", "b", "c", str(folder))
+        self.job = stages.Job(cfg, data, settings(self.run), self.progress)
         self.teacher, self.student = teacher_of(data), network(data)
 
     def __call__(self, *terms: Any, use: str = "auto", loss: LossSum | None = None, **changes: Any) -> Teacher | None:
@@ -481,7 +483,7 @@ def test_off_asks_the_teacher_in_every_step(tmp_path: Path) -> None:
     assert stage(use="off") is stage.teacher
     assert stage.lines == ["cache is off; the teacher runs in every step"]
     assert stage(loss=LossSum({"ce": CrossEntropy()}), use="on") is None
-    assert stage.job.seconds["cache"] is None
+    assert stage.progress.seconds["cache"] is None
     assert not stage.store.exists()
 
 
@@ -507,7 +509,8 @@ def test_it_stores_where_it_can_and_finds_it_again(use: str, tmp_path: Path) -> 
     assert stage.lines[-2] == "  stored: 40 answers (20 examples × 2 views), 1,600 bytes, all there"
     assert stage.lines[-1].startswith("  reused 6 of 6 shards (40 answers), computed 0 (0 answers)")
     assert fingerprint.of_weights(stage.student) == before, "timing left the student alone"
-    assert (stage.job.seconds["cache"] or 0) > 0
+    assert (stage.progress.seconds["cache"] or 0) > 0
+    assert json.loads((tmp_path / FILE).read_text())["seconds"] == stage.progress.seconds
 
 
 def test_auto_says_why_the_teacher_runs_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,6 +543,17 @@ def test_on_stores_even_if_it_costs_more_and_vectors_with_it(tmp_path: Path) -> 
     assert isinstance(answers, CachedTeacher)
     assert answers.contents.taps == {"pooled": 16}
     assert stage.teacher.network.watched == []
+
+
+def test_first_tokens_of_layers_are_stored_where_a_loss_reads_them(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, text())
+    term = PatientKD(layers=[["layer1", "layer1"], ["layer2", "layer1"]])
+    answers = stage(term, use="on", augment=True)
+    assert isinstance(answers, CachedTeacher)
+    assert answers.contents.taps == {"layer1.cls": 16, "layer2.cls": 16}
+    stage.teacher.network.watch(answers.contents.taps)
+    batch = next(iter(stage.data.loader("train", batch_size=20, augment=True, shuffle=True, views=2)))
+    torch.testing.assert_close(answers(batch).hidden, stage.teacher(batch).hidden, rtol=1e-4, atol=1e-4)
 
 
 def test_smoke_leaves_nothing_behind(tmp_path: Path) -> None:

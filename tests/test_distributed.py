@@ -132,6 +132,11 @@ def test_the_teacher_is_not_wrapped_and_with_fsdp2_each_process_holds_half(both:
     whole, halves = both[0]["projector"]["held"], [told["sharded"]["held"] for told in both]
     assert sum(halves) == whole
     assert max(halves) < 0.52 * whole
+    teacher = sum(p.numel() for p in together.bert(3, 24).parameters())
+    assert [told["sharded"]["taught"] for told in both] == [teacher] * 2
+    shares = [told["teacher_too"]["taught"] for told in both]
+    assert sum(shares) == teacher
+    assert max(shares) < 0.52 * teacher
 
 
 def test_the_cache_is_written_once(both: list[dict[str, Any]]) -> None:

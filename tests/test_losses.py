@@ -515,7 +515,7 @@ def test_attach_leaves_a_bug_alone() -> None:
         (MiniLM(), "image", "it reads the hidden states .*; take one of attention_transfer, hidden, sp"),
         (AttentionTransfer(), "text", "it reads the feature maps .*; take one of attention, hidden, sp"),
         (VariationalInformation(), "text", "it reads the feature maps .*; take one of hidden, pkd, attention"),
-        (PatientKD(), "image", "it reads the hidden states .*; take one of hidden, attention_transfer, sp"),
+        (PatientKD(), "image", r"vectors .*, and there is no stage1\.cls; take one of hidden, attention_transfer, sp"),
         (Hidden(), "deeper", "layers=uniform: the student has 4 layers and the teacher 2; name the pairs"),
         (PatientKD(), "one", "layers=skip: leaves out the last layer, and the student has no other; take top"),
     ],

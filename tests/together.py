@@ -12,7 +12,7 @@ from rich.console import Console
 from test_cache import Counting, contents
 from test_cache import text as cacheable
 from tiny import Images, Linear, Text, bert, schedule, settings
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distill.cache import CachedTeacher
@@ -36,6 +36,11 @@ def whole(gradient: Tensor | None) -> Tensor | None:
     return None if found is None else found.clone()
 
 
+def here(module: nn.Module) -> int:
+    """Numbers in the parameters of a module that this process holds."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
+
+
 class Watch(pl.Callback):
     """What the processes are to have in common, and what each has for itself.
 
@@ -43,13 +48,14 @@ class Watch(pl.Callback):
         gradients: of the first step, by name, before they are clipped.
         indices: of the examples that this process saw, batch by batch.
         held: numbers in the parameters of what the strategy wraps, in this process.
+        taught: numbers in those of the teacher.
     """
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor | None] = {}
         self.indices: list[list[int]] = []
         self.scores: list[float] = []
-        self.held = 0
+        self.held = self.taught = 0
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.indices.append(batch["index"].tolist())
@@ -58,8 +64,8 @@ class Watch(pl.Callback):
         if not self.gradients:
             named = module.named_parameters()
             self.gradients = {name: whole(p.grad) for name, p in named}
-            parameters = trainer.strategy.model.parameters()
-            self.held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+            self.held = here(trainer.strategy.model)
+            self.taught = here(module.teacher) if isinstance(module.teacher, FrozenTeacher) else 0
 
     def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
         self.scores.append(float(trainer.callback_metrics[f"student/val_{module.metric}"]))
@@ -81,12 +87,17 @@ def train(
         network, loss, data, schedule(lr=1e-3, epochs=2, **plan), settings(folder, **trainer), stage="student",
         teacher=teacher, callbacks=[watch], checkpoints=folder, keep="last", **options,
     )  # fmt: skip
-    kept = ("gradients", "indices", "scores", "held")
+    kept = ("gradients", "indices", "scores", "held", "taught")
     return {"weights": dict(module.state_dict()), **{name: getattr(watch, name) for name in kept}}
 
 
 def logits(
-    folder: Path, trainer: dict[str, Any], plan: dict[str, Any] | None = None, layers: bool = False, **options: Any
+    folder: Path,
+    trainer: dict[str, Any],
+    plan: dict[str, Any] | None = None,
+    layers: bool = False,
+    shard_teacher: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """A BERT that learns from a wider one that runs in every step."""
     student, teacher, data = bert(dropout=0.0), bert(3, 24, seed=1), Text(train=48)
@@ -94,7 +105,9 @@ def logits(
     loss = LossSum({"ce": CrossEntropy(), "logits": LogitsKL(), **hidden})
     loss.attach(student, teacher, next(iter(data.loader("val", batch_size=2))), 48)
     loss.watch(student, teacher)
-    return train(folder, student, loss, data, FrozenTeacher(teacher), plan or {}, trainer)
+    return train(
+        folder, student, loss, data, FrozenTeacher(teacher), plan or {}, trainer, shard_teacher=shard_teacher
+    )  # fmt: skip
 
 
 def plain(folder: Path, trainer: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +165,20 @@ def contrastive(folder: Path, trainer: dict[str, Any]) -> dict[str, Any]:
     return train(folder, student, loss, data, FrozenTeacher(teacher), {}, trainer)
 
 
-def sharded(folder: Path, trainer: dict[str, Any]) -> dict[str, Any]:
+def sharded(folder: Path, trainer: dict[str, Any], shard_teacher: bool = False) -> dict[str, Any]:
     """By FSDP2, with a projector."""
-    return logits(folder, {**trainer, "strategy": "fsdp2"} if trainer else {}, {"clip": 0.05}, layers=True)
+    trainer = {**trainer, "strategy": "fsdp2"} if trainer else {}
+    return logits(folder, trainer, {"clip": 0.05}, layers=True, shard_teacher=shard_teacher)
+
+
+def teacher_too(folder: Path, trainer: dict[str, Any]) -> dict[str, Any]:
+    """By FSDP2, and the teacher in shards as well."""
+    return sharded(folder, trainer, shard_teacher=True)
 
 
 CASES: dict[str, Any] = {
-    case.__name__: case for case in (sharded, plain, accumulated, projector, scheduled, images, stored, contrastive)
+    case.__name__: case
+    for case in (sharded, teacher_too, plain, accumulated, projector, scheduled, images, stored, contrastive)
 }
 
 

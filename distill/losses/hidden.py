@@ -12,7 +12,7 @@ from distill import functional
 from distill.errors import UserError
 from distill.features import Features
 from distill.layers import LayerMap, Link
-from distill.losses.layer import LayerTerm, ProjectedTerm, checked_multiplier, vectors
+from distill.losses.layer import LayerTerm, ProjectedTerm, checked_multiplier
 
 DISTANCES = {"mse": functional.hidden_mse, "cosine": functional.hidden_cosine}
 
@@ -55,10 +55,11 @@ class PatientKD(ProjectedTerm):
     """Directions of the [CLS] states of linked layers; see `distill.functional.pkd`.
 
     A mean over examples. The paper's students are as wide as their teacher; where widths differ, a projector comes
-    first.
+    first. It reads `layerN.cls`, one vector an example, which a cache can hold.
     """
 
-    reads = 3
+    parts = (".cls",)
+    reads = 2
     alternatives = "hidden, attention_transfer, sp"
 
     def __init__(
@@ -72,7 +73,7 @@ class PatientKD(ProjectedTerm):
         super().__init__(weight, schedule, layers, projector, lr_multiplier)
 
     def compare(self, link: Link, student: Features, teacher: Features) -> Tensor:
-        mine, theirs = vectors(student.hidden[link.student]), vectors(teacher.hidden[link.teacher])
+        mine, theirs = student.hidden[f"{link.student}.cls"], teacher.hidden[f"{link.teacher}.cls"]
         return functional.pkd(self.project(link, mine), theirs)
 
 

@@ -26,8 +26,10 @@ class LayerTerm(LossTerm):
         layers: a layer map, see `distill.layers.resolve`: a name, or pairs [teacher tap, student tap].
 
     Attributes:
-        parts: what it reads of each layer: "" is the layer's output, ".query" its query projection.
-        reads: dimensions that a tap must have; None for any. 3 is [B, L, D], 4 is [B, D, H, W].
+        parts: what it reads of each layer: "" is the layer's output, ".cls" the first token's state after it, ".query"
+            its query projection.
+        reads: dimensions that a tap must have; None for any. 2 is [B, D], 3 is [B, L, D], 4 is
+            [B, D, H, W].
     """
 
     parts: tuple[str, ...] = ("",)
@@ -46,7 +48,11 @@ class LayerTerm(LossTerm):
                     raise ValueError(self.unfit(f"there is no {absent[0]}"))
 
     def unfit(self, reason: str) -> str:
-        kind = {3: "the hidden states [B, L, D] of a transformer", 4: "the feature maps [B, D, H, W] of a CNN"}
+        kind = {
+            2: "vectors [B, D] of a transformer",
+            3: "the hidden states [B, L, D] of a transformer",
+            4: "the feature maps [B, D, H, W] of a CNN",
+        }
         inside = ", its " + ", ".join(part[1:] for part in self.parts) if self.parts[0] else ""
         return f"it reads {kind.get(self.reads or 0, 'taps')}{inside}, and {reason}; take one of {self.alternatives}"
 
@@ -94,7 +100,9 @@ class ProjectedTerm(LayerTerm):
     def prepare(self, student: Features, teacher: Features, examples: int) -> None:
         super().prepare(student, teacher, examples)
         for link in self.links:
-            mine, theirs = student.hidden[link.student], teacher.hidden[link.teacher]
+            mine, theirs = (
+                features.hidden[names[0]] for features, names in zip((student, teacher), self.taps(link), strict=True)
+            )
             narrow, wide = width(mine), width(theirs)
             if self.projector == "never" and narrow != wide:
                 raise ValueError(
