@@ -8,11 +8,11 @@ a teacher.
 
 from __future__ import annotations
 
+import copy
 import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,31 @@ class Clock(pl.Callback):
             self.marks.append(time.perf_counter())
 
 
+class Turns(pl.Callback):
+    """After each step of ours, one by hand.
+
+    A step of ours is all that passes from the end of one by hand to the end of the next of ours, so it has what is done
+    between steps as well. The first one, which has no beginning, is not there.
+    """
+
+    def __init__(self, rival: Iterator[float]) -> None:
+        self.rival, self.last = rival, 0.0
+        self.ours: list[float] = []
+        self.by_hand: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        seconds = time.perf_counter() - self.last
+        by_hand = next(self.rival)
+        if self.last:
+            self.ours.append(seconds)
+            self.by_hand.append(by_hand)
+        self.last = time.perf_counter()
+
+
 def wait() -> None:
     """Until a GPU, where there is one, has done what was asked of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def steps(marks: Sequence[float]) -> list[float]:
-    """Seconds of each step but the first two, which warm up."""
-    return [b - a for a, b in pairwise(marks)][2:]
 
 
 def stored(folder: Path, logits: torch.Tensor) -> CachedTeacher:
@@ -152,30 +168,31 @@ class Contest:
         with self.student.compiled(wanted), self.teacher.network.compiled(wanted):
             yield
 
-    def ours(self, mode: str) -> list[float]:
+    def ours(self, mode: str, *callbacks: pl.Callback) -> list[float]:
         """Times of an epoch by `fit`; `mode` is "online" or "cached"."""
         clock = Clock()
         fit(
             self.student, LossSum(build_all(self.cfg.loss, LossTerm)), self.data,
             Schedule(1, self.batch_size, 1e-4, 0.01, 0.1, 1.0, False), self.settings, stage="student",
-            teacher=self.answers if mode == "cached" else self.teacher, callbacks=[clock, self.diagnostics],
-            checkpoints=self.folder / "checkpoints", weights_only=True,
+            teacher=self.answers if mode == "cached" else self.teacher,
+            callbacks=[clock, self.diagnostics, *callbacks], checkpoints=self.folder / "checkpoints", weights_only=True,
         )  # fmt: skip
         for path in self.folder.glob("checkpoints/*.ckpt"):
             path.unlink()
         return clock.marks
 
-    def by_hand(self, mode: str) -> list[float]:
-        """Times of an epoch by hand; `mode` is "online" or "alone"."""
-        student, teacher, temperature = self.student, self.teacher, float(self.cfg.loss.logits.temperature)
+    def by_hand(self, student: Tapped, mode: str) -> Iterator[float]:
+        """Train a student for an epoch by hand and give the seconds of each step; `mode` is "online" or "alone"."""
+        teacher, temperature = self.teacher, float(self.cfg.loss.logits.temperature)
         decayed = [p for p in student.parameters() if p.ndim >= 2]
         others = [p for p in student.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
         student.train()
-        marks = []
-        for batch in self.data.loader("train", batch_size=self.batch_size, shuffle=True):
-            marks.append(time.perf_counter())
+        batches = iter(self.data.loader("train", batch_size=self.batch_size, shuffle=True))
+        for _ in range(len(batches)):
+            start = time.perf_counter()
+            batch = next(batches)
             with torch.no_grad():
                 target = teacher(batch).logits if mode == "online" else None
             logits = student(batch).logits
@@ -190,5 +207,10 @@ class Contest:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
-        marks.append(time.perf_counter())
-        return marks
+            yield time.perf_counter() - start
+
+    def alternate(self, mode: str, rival: str) -> tuple[list[float], list[float]]:
+        """Seconds of each step of ours in `mode`, and of a step by hand as `rival` right after each."""
+        turns = Turns(self.by_hand(copy.deepcopy(self.student), rival))
+        self.ours(mode, turns)
+        return turns.ours, turns.by_hand

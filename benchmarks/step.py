@@ -2,19 +2,18 @@
 
     python benchmarks/step.py --out results/benchmarks/step.json
 
-"step": full-size networks and inputs. Online, ours is compared with the same work by hand; cached, with the student
-*alone* by hand, so the price of distillation once the teacher has been asked. Medians of the steps of all rounds, and
-quartiles; below 1 ours is faster. "gain" is how much faster a cached step of ours is than the online one by hand, as a
-share of what leaving the teacher out could bring at most.
+The two take turns step by step, each with a student of its own, so that what else the machine does falls on both alike.
+Ratios are ours / by hand, medians over the pairs of steps and quartiles; below 1 ours is faster.
 
-"epoch": the data, sizes and callbacks that train.py uses by default, from the first batch of a cached epoch to the end
-of its last one, against an epoch of the student alone by hand. Small images and short phrases: here overhead shows
-most.
+"online": full-size networks and inputs, the teacher asked in the step, by both. "cached": ours, with its answers read
+from shards on the disk, against the student *alone* by hand, so the price of distillation once the teacher has been
+asked. "gain" is how much faster a cached step of ours is than the online one by hand, as a share of what leaving the
+teacher out could bring at most. "epoch": the data, sizes and callbacks that train.py uses by default, all steps of
+cached epochs together, against the student alone by hand. Small images and short phrases: here overhead shows most.
 
-Rounds alternate between all contestants, in turning order. Peak memory is the resident set above that of the process
-after its imports, each in a process of its own: "live" has the allocator give every freed tensor back at once, so that
-it counts what was alive together; "resident" is as the allocator does by default, medians of three, where fragmentation
-alone makes a difference of some per cent between two runs of one program.
+Peak memory is the resident set above that of the process after its imports, each side in a process of its own. The
+allocator is told to give every freed tensor back at once, so that it counts what was alive together; what it keeps
+otherwise differs by some per cent between two runs of one program.
 
 Last, the time from launch to the first step of `train.py model=bert student=tiny` with teacher and cache in the store.
 """
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import PAIRS, Contest, FullSize, configured, steps
+from contest import PAIRS, Contest, FullSize, configured
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Sheet
@@ -44,12 +43,10 @@ from distill import report, stages
 from distill.app import CONF
 from distill.quiet import quiet
 
-SIDES = ("by_hand online", "ours online", "by_hand alone", "ours cached")
-ALLOCATORS = {
-    "live": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
-    "resident": {},
-}
-"""Environment of glibc's malloc."""
+SIDES = {"online": "online", "cached": "alone"}
+"""Mode of ours -> mode of the loop by hand."""
+PROMPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Environment in which glibc's malloc gives back at once what is freed."""
 
 
 def full_size(pair: str, batches: int, folder: Path) -> Contest:
@@ -61,58 +58,41 @@ def by_default(pair: str, folder: Path) -> Contest:
     return Contest(cfg, stages.data_set(cfg), cfg.optim.batch_size, folder)
 
 
-def run(contest: Contest, side: str) -> list[float]:
-    who, mode = side.split()
-    return contest.ours(mode) if who == "ours" else contest.by_hand(mode)
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low_quartile": low, "high_quartile": high}
 
 
-def interleaved(
-    contest: Contest, sides: tuple[str, ...], rounds: int, read: Callable[[list[float]], list[float]], done: Any
-) -> dict[str, dict[str, float]]:
-    """Median and quartiles of what `read` makes of the times of each side."""
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds):
-        turn = number % len(sides)
-        for side in (*sides[turn:], *sides[:turn]):
-            times[side] += read(run(contest, side))
-            done()
-    rows = {}
-    for side, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        rows[side] = {"median": median, "low_quartile": low, "high_quartile": high, "count": len(values)}
-    return rows
+def duel(contest: Contest, mode: str, rounds: int, done: Callable[[], None]) -> dict[str, Any]:
+    """Seconds of a step of each side and their ratio, without the first step of a round, which warms up; and of all
+    steps together."""
+    ours: list[float] = []
+    by_hand: list[float] = []
+    for _ in range(rounds):
+        for mine, times in zip((ours, by_hand), contest.alternate(mode, SIDES[mode]), strict=True):
+            mine += times[1:]
+        done()
+    ratios = [mine / other for mine, other in zip(ours, by_hand, strict=True)]
+    return {
+        "ours": quartiles(ours), "by_hand": quartiles(by_hand), "ratio": quartiles(ratios), "steps": len(ours),
+        "ratio_of_sums": sum(ours) / sum(by_hand),
+    }  # fmt: skip
 
 
-def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Of the medians of the sides that were timed."""
-    median = {side: row["median"] for side, row in rows.items()}
-    found = {"cached": median["ours cached"] / median["by_hand alone"]}
-    if "ours online" in median:
-        found["online"] = median["ours online"] / median["by_hand online"]
-        found["ceiling"] = median["by_hand online"] / median["by_hand alone"]
-        found["gain"] = median["by_hand online"] / median["ours cached"] / found["ceiling"]
-    return found
+def peak(pair: str, who: str, mode: str) -> int:
+    """Bytes of resident memory that three steps take above what the imports took, in a process of its own."""
+    command = [sys.executable, __file__, "--memory", pair, who, mode]
+    environment = os.environ | PROMPT
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
 
 
-def peaks(pair: str, allocator: str, repeats: int, done: Any) -> dict[str, int]:
-    """Median peak of each side in bytes."""
-    found: dict[str, list[int]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
-        for side in SIDES:
-            command = [sys.executable, __file__, "--memory", pair, side]
-            environment = os.environ | ALLOCATORS[allocator]
-            said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-            found[side].append(int(said.split()[-1]))
-            done()
-    return {side: int(statistics.median(values)) for side, values in found.items()}
-
-
-def memory(pair: str, side: str) -> int:
-    """Bytes of resident memory that three steps take above what the imports took."""
+def memory(pair: str, who: str, mode: str) -> int:
+    """See `peak`."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     before = resident_peak()
     with tempfile.TemporaryDirectory() as folder:
-        run(full_size(pair, 3, Path(folder)), side)
+        contest = full_size(pair, 3, Path(folder))
+        contest.ours(mode) if who == "ours" else list(contest.by_hand(contest.student, mode))
     return resident_peak() - before
 
 
@@ -146,12 +126,11 @@ def first_step(overrides: list[str]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=7, help="a round and side; the first two are not counted")
-    parser.add_argument("--repeats", type=int, default=3, help="of the resident memory")
+    parser.add_argument("--rounds", type=int, default=4, help="of full-size steps, and of epochs")
+    parser.add_argument("--steps", type=int, default=10, help="a round; the first two are not counted")
     parser.add_argument("--pairs", default=",".join(PAIRS))
     parser.add_argument("overrides", nargs="*", help="of the quick run whose start is timed")
-    parser.add_argument("--memory", nargs=2, metavar=("PAIR", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=3, metavar=("PAIR", "WHO", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
     if options.memory:
@@ -159,33 +138,28 @@ def main() -> None:
         return
     console, pairs, rows = Console(), options.pairs.split(","), {}
     with Progress(console=console, transient=True) as bar:
-        work = len(pairs) * (6 * options.rounds + 4 * (options.repeats + 1))
-        task = bar.add_task("rounds", total=work)
+        task = bar.add_task("rounds", total=len(pairs) * (3 * options.rounds + 4))
 
         def done() -> None:
             bar.advance(task)
 
         for pair in pairs:
+            row: dict[str, Any] = {}
             with tempfile.TemporaryDirectory() as folder:
                 contest = full_size(pair, options.steps, Path(folder) / "step")
-                step = interleaved(contest, SIDES, options.rounds, steps, done)
+                row |= {mode: duel(contest, mode, options.rounds, done) for mode in SIDES}
                 contest = by_default(pair, Path(folder) / "epoch")
-                epoch = interleaved(contest, SIDES[2:], options.rounds, lambda marks: [marks[-1] - marks[0]], done)
+                row["epoch"] = duel(contest, "cached", options.rounds, done)
                 del contest
-            bytes_ = {
-                name: peaks(pair, name, options.repeats if name == "resident" else 1, done) for name in ALLOCATORS
-            }
-            rows[pair] = {
-                "step": step, "step_ratios": ratios(step), "epoch": epoch, "epoch_ratios": ratios(epoch),
-                "peak_bytes": bytes_,
-                "memory_ratios": {
-                    name: {
-                        "online": b["ours online"] / b["by_hand online"],
-                        "cached": b["ours cached"] / b["by_hand alone"],
-                    }
-                    for name, b in bytes_.items()
-                },
-            }  # fmt: skip
+            for mode, rival in SIDES.items():
+                bytes_ = {}
+                for who, how in (("ours", mode), ("by_hand", rival)):
+                    bytes_[who] = peak(pair, who, how)
+                    done()
+                row[mode] |= {"peak_bytes": bytes_, "memory_ratio": bytes_["ours"] / bytes_["by_hand"]}
+            row["ceiling"] = row["online"]["by_hand"]["median"] / row["cached"]["by_hand"]["median"]
+            row["gain"] = row["online"]["by_hand"]["median"] / row["cached"]["ours"]["median"] / row["ceiling"]
+            rows[pair] = row
     console.print(sheet(rows))
     starts = [first_step(options.overrides) for _ in range(3)]
     if None in starts:
@@ -204,9 +178,8 @@ def sheet(rows: dict[str, Any]) -> Sheet:
     """The ratios, ours / by hand."""
     table = Sheet("pair", "online step", "memory", "cached step", "memory", "gain / ceiling", "cached epoch")
     for pair, row in rows.items():
-        step, memory_ = row["step_ratios"], row["memory_ratios"]["live"]
-        figures = (step["online"], memory_["online"], step["cached"], memory_["cached"], step["gain"])
-        table.add_row(pair, *(f"{figure:.3f}" for figure in (*figures, row["epoch_ratios"]["cached"])))
+        figures = [figure for mode in SIDES for figure in (row[mode]["ratio"]["median"], row[mode]["memory_ratio"])]
+        table.add_row(pair, *(f"{figure:.3f}" for figure in (*figures, row["gain"], row["epoch"]["ratio_of_sums"])))
     return table
 
 

@@ -50,9 +50,11 @@ class RecordLogger(CSVLogger):
             reader = csv.DictReader(file)
             rows, names = list(reader), list(reader.fieldnames or [])
         mine = [name for name in names if name.startswith(f"{stage}/")]
-        again = [row for row in rows if any(row[name] for name in mine)]
-        again = [row for row in again if int(row["step"]) >= step or row.get(f"{stage}/params")]
-        kept = [row for row in rows if row not in again]
+
+        def again(row: dict[str, str]) -> bool:
+            return any(row[name] for name in mine) and (int(row["step"]) >= step or bool(row.get(f"{stage}/params")))
+
+        kept = [row for row in rows if None not in row.values() and not again(row)]  # None: a kill cut the line off
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, names)
         writer.writeheader()

@@ -237,41 +237,41 @@ def timed(figures: dict[str, float]) -> str:
     return f"{figures['median']:.3f} | {figures['ratio']:.2f}"
 
 
-def against(row: dict[str, Any], by_hand: str, ours: str) -> str:
-    """Medians of two sides of a step, and the ratios of time and memory."""
-    memory = [row["memory_ratios"][name][ours.split()[1]] for name in ("live", "resident")]
-    step = row["step"]
-    figures = (step[by_hand]["median"], step[ours]["median"], row["step_ratios"][ours.split()[1]], *memory)
-    return " | ".join(f"{figure:.3f}" for figure in figures)
+def against(duel: dict[str, Any]) -> str:
+    """Medians of both sides of a step, and the ratios of time and memory."""
+    low, median, high = (duel["ratio"][key] for key in ("low_quartile", "median", "high_quartile"))
+    sides = f"{duel['by_hand']['median']:.3f} | {duel['ours']['median']:.3f}"
+    return f"{sides} | {median:.3f} ({low:.2f} to {high:.2f}) | {duel['memory_ratio']:.3f}"
 
 
 def step_timings() -> list[str]:
     step = json.loads((TIMINGS.parent / "step.json").read_text())
     sizes = ", ".join(f"{size} ({pair})" for pair, size in step["batch"].items())
-    counts = {row["step"]["ours cached"]["count"] for row in step["rows"].values()}
+    count = min(row["online"]["steps"] for row in step["rows"].values())
     lines = [
         "## A step against a hand-written loop",
         "",
         f"Made by `{step['command']}`, in [step.json](step.json): full-size networks, batches of {sizes}, 128 tokens "
-        f"or 224 pixels, {step['threads']} threads, medians of {min(counts)} interleaved steps a side. Ratios are "
-        "ours / by hand. Memory is the peak above the imports: *live*, what is alive together, and *resident*, with "
-        "all that the allocator keeps (`benchmarks/step.py` says how).",
+        f"or 224 pixels, {step['threads']} threads. The two take turns step by step, {count} each; ratios are ours / "
+        "by hand, medians and quartiles over the pairs of steps. Memory is the peak above the imports of what is alive "
+        "together (`benchmarks/step.py` says how).",
         "",
         "Online: the teacher is asked in the step, by both.",
         "",
-        "| pair | by hand, s | ours, s | time | memory, live | resident |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        *(f"| {pair} | {against(row, 'by_hand online', 'ours online')} |" for pair, row in step["rows"].items()),
+        "| pair | by hand, s | ours, s | time | memory |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(f"| {pair} | {against(row['online'])} |" for pair, row in step["rows"].items()),
         "",
         "Cached: ours, with all terms and answers from shards on the disk, against the student *alone* by hand, on the "
-        "labels. The ceiling is what leaving the teacher out can bring: online / alone, by hand. Epoch: the default "
-        "run's data and callbacks, small images and short phrases, again against the student alone.",
+        "labels. The ceiling is what leaving the teacher out can bring: online / alone, by hand. Epoch: all steps of "
+        "cached epochs together, with the default run's data and callbacks (small images and short phrases), again "
+        "against the student alone.",
         "",
-        "| pair | alone by hand, s | ours, s | time | memory, live | resident | ceiling | reached | epoch |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| pair | alone by hand, s | ours, s | time | memory | ceiling | reached | epoch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(
-            f"| {pair} | {against(row, 'by_hand alone', 'ours cached')} | {row['step_ratios']['ceiling']:.2f}× | "
-            f"{row['step_ratios']['gain']:.0%} | {row['epoch_ratios']['cached']:.3f} |"
+            f"| {pair} | {against(row['cached'])} | {row['ceiling']:.2f}× | {row['gain']:.0%} | "
+            f"{row['epoch']['ratio_of_sums']:.3f} |"
             for pair, row in step["rows"].items()
         ),
         "",

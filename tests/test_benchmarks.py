@@ -51,19 +51,29 @@ def test_both_sides_train_on_every_batch_and_are_timed(contest: Any, tmp_path: P
     step = importlib.import_module("step")
     asked: list[int] = []
     contest.teacher.register_forward_hook(lambda *_: asked.append(1))
-    rows = step.interleaved(contest, step.SIDES, 2, step.steps, lambda: None)
-    assert len(asked) == 2 * 2 * 4, "online alone, and once a step"
-    assert {side: row["count"] for side, row in rows.items()} == dict.fromkeys(step.SIDES, 2 * (4 - 2))
-    assert all(0 < row["low_quartile"] <= row["median"] <= row["high_quartile"] for row in rows.values())
+    stem = contest.student.backbone.conv_stem.weight
+    start = stem.clone()
+    for mode, calls in (("online", 2 * 2 * 4), ("cached", 0)):
+        asked.clear()
+        row = step.duel(contest, mode, 2, lambda: None)
+        assert len(asked) == calls, "once a step and side where it is asked at all"
+        assert row["steps"] == 2 * (4 - 2)
+        for side in ("ours", "by_hand", "ratio"):
+            assert 0 < row[side]["low_quartile"] <= row[side]["median"] <= row[side]["high_quartile"]
+    assert not torch.equal(
+        start["backbone.conv_stem.weight"], contest.student.state_dict()["backbone.conv_stem.weight"]
+    )
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_ratios_are_ours_to_by_hand() -> None:
-    step = importlib.import_module("step")
-    medians = {"by_hand online": 4.0, "ours online": 5.0, "by_hand alone": 1.0, "ours cached": 1.25}
-    found = step.ratios({side: {"median": median} for side, median in medians.items()})
-    assert found == {"cached": 1.25, "online": 1.25, "ceiling": 4.0, "gain": pytest.approx(0.8)}
-    assert step.ratios({"by_hand alone": {"median": 2.0}, "ours cached": {"median": 3.0}}) == {"cached": 1.5}
+def test_a_step_of_ours_has_all_that_passes_between_two_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("contest")
+    clock = iter([1.0, 4.0, 6.0, 9.0, 16.0, 20.0])  # end of ours, end of by hand, three times
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    turns = module.Turns(iter([0.25, 0.5, 0.75]))
+    for _ in range(3):
+        turns.on_train_batch_end()
+    assert (turns.ours, turns.by_hand) == ([2.0, 7.0], [0.5, 0.75])
 
 
 def test_one_step_of_ours_is_the_step_by_hand(contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +81,9 @@ def test_one_step_of_ours_is_the_step_by_hand(contest: Any, monkeypatch: pytest.
     monkeypatch.setattr("distill.module.warmup_cosine", lambda step, total, warmup: 1.0)
     start = {name: value.clone() for name, value in contest.student.state_dict().items()}
     found = []
-    for side in (contest.by_hand, contest.ours):
+    for train in (lambda: list(contest.by_hand(contest.student, "online")), lambda: contest.ours("online")):
         contest.student.load_state_dict(start)
-        side("online")
+        train()
         found.append({name: value.clone() for name, value in contest.student.state_dict().items()})
     assert not torch.equal(found[0]["backbone.conv_stem.weight"], start["backbone.conv_stem.weight"])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

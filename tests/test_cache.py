@@ -154,6 +154,39 @@ def test_top_k_is_stored_and_found(tmp_path: Path) -> None:
     torch.testing.assert_close(kept, unpack(pack(logits, torch.float32, 3), 10))
 
 
+def test_what_was_looked_up_travels_with_the_batch(tmp_path: Path) -> None:
+    data = text()
+    answers = cached(tmp_path, teacher_of(data), data, Options("on", "float16", 1, 7), widths={"pooled": 16})
+    batch = next(iter(data.loader("train", batch_size=5, augment=True, views=2)))
+    direct, looked_up = answers(batch), answers.look_up(batch)
+    assert looked_up.keys() - batch.keys() == {
+        "teacher.values",
+        "teacher.indices",
+        "teacher.tail",
+        "teacher.tap.pooled",
+    }
+    moved = {name: tensor.to("meta") for name, tensor in looked_up.items()}
+    assert answers(moved).logits.device == torch.device("meta")
+    answers.table = None  # type: ignore[assignment]
+    again = answers(looked_up)
+    torch.testing.assert_close([again.logits, again.hidden], [direct.logits, direct.hidden], rtol=0, atol=0)
+
+
+def test_training_looks_up_before_a_batch_goes_to_the_device(tmp_path: Path) -> None:
+    data, seen = images(), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append("teacher.logits" in batch)
+
+    loss = LossSum({"ce": CrossEntropy(), "logits": LogitsKL()})
+    fit(
+        network(data), loss, data, schedule(augment=True), settings(tmp_path), stage="student", callbacks=[Watch()],
+        teacher=cached(tmp_path, teacher_of(data), data), views=2, checkpoints=tmp_path,
+    )  # fmt: skip
+    assert seen == [True] * 3
+
+
 def changed(change: Callable[[Any], Any], made: Any) -> Any:
     change(made)
     return made

@@ -138,3 +138,35 @@ def test_ctrl_c_is_no_failure_of_wandb(tmp_path: Path) -> None:
 def test_another_mode_is_refused(mode: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"logger\.wandb\.mode={mode}: there are offline and online"):
         wandb_logger(tmp_path, "tiny", mode=mode)
+
+
+def test_a_record_forgets_what_is_going_to_be_logged_again(tmp_path: Path) -> None:
+    def logger() -> RecordLogger:
+        return RecordLogger(tmp_path)
+
+    record = logger()
+    for step in range(6):
+        record.log_metrics({"student/train_loss": 1.0 + step}, step)
+        record.log_metrics({"teacher/train_loss": 2.0 + step}, step)
+    record.log_metrics({"student/accuracy": 0.5, "student/params": 7.0}, 0)
+    record.log_metrics({"teacher/accuracy": 0.75, "teacher/params": 9.0}, 0)
+    record.save()
+    path = tmp_path / "metrics.csv"
+    whole = path.read_text()
+    path.write_text(whole[: whole.rindex(",")])  # cut off by a kill
+    logger().rewind("student", 4)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows, names = list(reader), list(reader.fieldnames or [])
+    assert [row["student/train_loss"] for row in rows if row["student/train_loss"]] == ["1.0", "2.0", "3.0", "4.0"]
+    assert len([row for row in rows if row["teacher/train_loss"]]) == 6
+    assert not any(row["student/params"] or row["teacher/params"] for row in rows)
+    again = logger()
+    again.log_metrics({"student/train_loss": 9.0}, 4)
+    again.save()
+    assert path.read_text().splitlines()[-1].split(",")[names.index("student/train_loss")] == "9.0"
+
+
+def test_there_may_be_no_record_yet(tmp_path: Path) -> None:
+    RecordLogger(tmp_path).rewind("student", 0)
+    assert not (tmp_path / "metrics.csv").exists()
