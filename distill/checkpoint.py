@@ -67,13 +67,12 @@ class RandomState(pl.Callback):
             torch.cuda.set_rng_state(self._found["gpu"].cpu())
 
 
-def latest(folder: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint of the last whole epoch, `last.ckpt`; None where there is none.
+def latest(path: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint in a file; None where there is none.
 
     Raises:
         UserError: it can't be read, or was made with another teacher.
     """
-    path = folder / "last.ckpt"
     if not path.exists():
         return None
     try:

@@ -176,6 +176,20 @@ class LatestBest(ModelCheckpoint):
         return tie or super().check_monitor_top_k(trainer, current)
 
 
+def stopped_at(path: Path, settings: Settings, stage: str, train: Any) -> Path | None:
+    """The checkpoint that an earlier start of the run left in a file, None where it left none; the order of the
+    training batches and the record are brought to where it was made.
+
+    Raises:
+        UserError: as `latest`.
+    """
+    found = latest(path, settings.provenance)
+    epoch, step = (0, 0) if found is None else (found["epoch"] + 1, found["global_step"])
+    train.batch_sampler.sampler.set_epoch(epoch)  # Lightning does so when worker processes have begun to load
+    tracking.rewind(settings.loggers, stage, step)
+    return None if found is None else path
+
+
 def fit(
     network: Tapped,
     loss: LossSum,
@@ -230,15 +244,11 @@ def fit(
         trained = DistillModule(
             duplicate(network), copy.deepcopy(loss), teacher=teacher, shard_teacher=shard_teacher, **options
         )
-    start = latest(checkpoints, settings.provenance) if settings.resumed and not weights_only else None
-    if settings.resumed:
-        epoch, step = (start["epoch"] + 1, start["global_step"]) if start is not None else (0, 0)
-        train.batch_sampler.sampler.set_epoch(epoch)  # Lightning does so after worker processes have begun to load
-        tracking.rewind(settings.loggers, stage, step)
+    start = stopped_at(checkpoints / "last.ckpt", settings, stage, train) if settings.resumed else None
     with interruptible(), all_gradients():
         worker.fit(
             trained, share(train, world), data.loader("val", batch_size=max(batch_size // world, 128)),
-            ckpt_path=None if start is None else checkpoints / "last.ckpt", weights_only=True,
+            ckpt_path=start, weights_only=True,
         )  # fmt: skip
     load_weights(module, checkpoints / "best.ckpt")
     return module

@@ -103,7 +103,7 @@ class DistillModule(pl.LightningModule):
             shard(self.student, mesh)
             shard_parameters(self.loss, mesh)
             if self.shard_teacher and isinstance(self.teacher, FrozenTeacher):
-                shard(self.teacher.network, mesh)
+                shard(self.teacher.network, mesh, frozen=True)
 
     def on_fit_start(self) -> None:
         if isinstance(self.teacher, nn.Module):

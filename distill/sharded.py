@@ -32,16 +32,17 @@ class ShardedStrategy(ModelParallelStrategy):
 StrategyRegistry.register(NAME, ShardedStrategy, description="FSDP2: fully_shard over all processes")
 
 
-def shard(network: Tapped, mesh: Any) -> None:
+def shard(network: Tapped, mesh: Any, frozen: bool = False) -> None:
     """Shard the layers of a network, and what is outside of them, in place.
 
     Args:
         mesh: of the processes, one-dimensional.
+        frozen: no backward pass follows that would put what is outside of the layers into shards again.
     """
     network.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # other shards are refused
     for name in network.layers:
         fully_shard(network.backbone.get_submodule(network.places[name]), mesh=mesh)
-    fully_shard(network.backbone, mesh=mesh)
+    fully_shard(network.backbone, mesh=mesh, reshard_after_forward=True if frozen else None)
 
 
 def shard_parameters(module: nn.Module, mesh: Any) -> None:

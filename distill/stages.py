@@ -62,7 +62,8 @@ class Job:
         if self.progress is not None:
             seconds = self.progress.seconds
             seconds[name] = (seconds[name] or 0.0) + time.perf_counter() - start
-            once(self.progress.write)
+            if processes()[0] == 0:  # not `once`: a stage may be the first process's alone
+                self.progress.write()
 
     def say(self, text: str) -> None:
         self.settings.console.print(text, highlight=False, soft_wrap=True)
