@@ -103,7 +103,8 @@ class Estimate:
             return f"{text}, all there"
         time = timedelta(seconds=math.ceil(self.missing * self.pace.teacher / self.processes))
         return (
-            f"{text}, {self.missing:,} answers to compute in about {time}; {self.epochs} epochs ask {steps:,} times; "
+            f"{text}, {self.missing:,} answers to compute in about {time}; {self.epochs} "
+            f"epoch{'s ask' if self.epochs > 1 else ' asks'} {steps:,} times; "
             f"the teacher is {self.pace.share:.0%} of a step"
         )
 
