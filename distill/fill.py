@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.cache import DTYPES, Contents, pack
 from distill.callbacks.progress import stage_bar
 from distill.data.base import DataSet
-from distill.data.loading import batch_loader
+from distill.data.loading import rebatched
 from distill.errors import UserError
 from distill.features import Features
 from distill.processes import processes, wait_for_all
@@ -67,7 +67,7 @@ def said(
     batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
     places: list[Tensor] = []
     pieces: list[dict[str, Tensor]] = []
-    for batch in batch_loader(loader.dataset, loader.num_workers, batch_sampler=batches):
+    for batch in rebatched(loader, batches):
         pieces.append(columns_of(teacher(batch), contents))
         places.append(batch["view"] * contents.examples + batch["index"])
         done(len(places[-1]))

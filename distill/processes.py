@@ -15,7 +15,7 @@ from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch.utils.data import DataLoader, Sampler
 
-from distill.data.loading import batch_loader
+from distill.data.loading import rebatched
 from distill.errors import UserError
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def share(loader: DataLoader[T], world: int) -> DataLoader[T]:
     own = Share(batches, world)
     if not len(own):
         raise UserError(f"{len(batches.sampler)} examples are too few for {world} processes; use fewer trainer.devices")
-    return cast(DataLoader[T], batch_loader(cast(Any, loader.dataset), loader.num_workers, batch_sampler=own))
+    return rebatched(loader, own)
 
 
 def check_batch(batch_size: int, world: int, name: str = "batch_size") -> None:

@@ -17,10 +17,11 @@ import together
 import torch
 from omegaconf import DictConfig
 from tiny import Images, Text
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from distill import report
 from distill.app import CONF
+from distill.data.loading import rebatched
 from distill.errors import UserError
 from distill.processes import Share, check_batch, share
 from distill.run import run
@@ -72,6 +73,13 @@ def test_a_share_follows_the_epochs_of_the_loader(data: Any, monkeypatch: pytest
             ]
     loader = data.loader("train", batch_size=8)
     assert share(loader, 1) is loader
+
+
+def test_a_share_keeps_how_a_loader_puts_its_batches_together() -> None:
+    examples: Any = [{"index": i} for i in range(8)]
+    loader: Any = DataLoader(examples, batch_size=4, collate_fn=lambda rows: [row["index"] for row in rows])
+    assert list(rebatched(loader, [[3, 1], [0]])) == [[3, 1], [0]]
+    assert share(loader, 2).collate_fn is loader.collate_fn
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

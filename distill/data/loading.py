@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ def batch_loader(dataset: Dataset[dict[str, Tensor]], workers: int = 0, **order:
         generator=torch.Generator(),
         **order,
     )
+
+
+def rebatched(loader: DataLoader[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
+    """What a loader loads, in other batches of rows; all else is as in the loader."""
+    return DataLoader(
+        loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, num_workers=loader.num_workers,
+        persistent_workers=loader.persistent_workers, pin_memory=loader.pin_memory, generator=torch.Generator(),
+    )  # fmt: skip
 
 
 def _as_is(batch: Any) -> Any:
